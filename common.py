@@ -1,0 +1,465 @@
+"""What the four scripts must agree on: errors and exit codes, reading images and trees, preprocessing, the model, the checkpoint.
+
+A function that only one script needs lives in that script. Nothing here imports torch before it is used.
+"""
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import copy
+import ctypes
+import functools
+import importlib
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+EXIT_USAGE, EXIT_SOME_UNREADABLE, EXIT_BELOW_BAR, EXIT_SIGINT, EXIT_SIGTERM = 2, 3, 4, 130, 143
+EXIT_CODES = """exit codes:
+  0 done    1 a bug of ours (please report it)    2 wrong usage or input: one line says what
+  3 finished, but some images could not be read (predict.py)    4 below --fail-under (evaluate.py)
+  130, 143 ended by SIGINT, SIGTERM"""
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
+SPLITS = ("train", "val", "test")
+CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "image classifier", 1
+
+
+class LazyModule:
+    """A module that is imported when it is first used: torch takes seconds, which --help and a usage error need not wait for."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+torch = LazyModule("torch")
+torchvision = LazyModule("torchvision")
+functional = LazyModule("torchvision.transforms.v2.functional")
+
+
+# ---------------------------------------------------------------- commands, errors, progress
+
+class UserError(Exception):
+    """A wrong input: its message, one line, names the thing and the way out. The command ends with exit code 2."""
+
+
+class ImageError(UserError):
+    """An image that cannot be read; the message starts with its path, `reason` is the rest."""
+
+    def __init__(self, path, reason: str):
+        self.path, self.reason = str(path), one_line(reason)
+        super().__init__(f"cannot read image {self.path}: {self.reason}")
+
+
+def one_line(text) -> str:
+    return " ".join(str(text).split())
+
+
+def command(main):
+    """Turn main(argv) into a command that returns its exit code and reports a wrong input as one line on stderr."""
+    @functools.wraps(main)
+    def run(argv=None) -> int:
+        with contextlib.suppress(ValueError):  # signals can only be set in the main thread
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))  # so that temporary files are removed
+        try:
+            return main(argv) or 0
+        except UserError as error:
+            message = one_line(error)
+        except BrokenPipeError:  # the reader of stdout has seen enough, as in `predict.py ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_SIGINT
+        except OSError as error:  # a full disk, a folder that cannot be written: not ours to mend, but to name
+            message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"{Path(sys.modules[main.__module__].__file__).name}: error: {message}", file=sys.stderr)
+        return EXIT_USAGE
+    return run
+
+
+def make_parser(script: str, doc: str, example: str) -> argparse.ArgumentParser:
+    """An argument parser whose help opens with the script's docstring and ends with an example and the exit codes."""
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):  # no '(default: None)', no '(default: False)'
+            return action.help if action.default is None or action.default is False or action.default == [] else super()._get_help_string(action)
+    return argparse.ArgumentParser(prog=script, description=doc, epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
+                                   formatter_class=Formatter, allow_abbrev=False)
+
+
+def add_hardware_options(parser: argparse.ArgumentParser):
+    """Add the options of everything that runs a model: --device, --precision, --workers."""
+    group = parser.add_argument_group("hardware")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: CUDA, else MPS, else CPU)")
+    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                       help="of the backbone; auto is bf16 where the processor computes in it natively, else fp32")
+    group.add_argument("--workers", type=positive_int, help="threads that read images (default: 2 per core, at most 16)")
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+for _type, _name in ((positive_int, "whole number"), (positive_float, "number"), (fraction, "fraction")):
+    _type.__name__ = _name  # argparse says "invalid whole number value: 'x'"
+
+
+def log(message: str):
+    """Tell people, on stderr; with the time of day where stderr is a file or a pipe, such as cron's mail."""
+    stamp = "" if sys.stderr.isatty() else time.strftime("%Y-%m-%d %H:%M:%S ")
+    print(f"{stamp}{message}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Progress on stderr with rate and time left: a bar on a terminal, elsewhere a line every `every` seconds."""
+
+    def __init__(self, label: str, total: int | None, unit: str = "img", every: float = 30):
+        self.label, self.total, self.unit = label, total, unit
+        self.bar = sys.stderr.isatty()
+        self.every = 0.1 if self.bar else every
+        self.done, self.start, self.shown = 0, time.monotonic(), time.monotonic()
+
+    def update(self, count: int):
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown >= self.every:
+            self.shown = now
+            self._show(now)
+
+    def _show(self, now: float):
+        rate = self.done / max(now - self.start, 1e-9)
+        if not self.total:
+            text = f"{self.label} {self.done} {self.unit}, {rate:.0f} {self.unit}/s"
+        else:
+            left = (self.total - self.done) / max(rate, 1e-9)
+            text = (f"{self.label} {self.done}/{self.total} {self.unit}, {rate:.{0 if rate >= 100 else 1}f} {self.unit}/s, "
+                    f"{int(left) // 60}:{int(left) % 60:02d} left")
+        if self.bar:
+            full = 20 * self.done // max(self.total or 1, 1) if self.total else 0
+            print(f"\r\x1b[K[{'#' * full}{'.' * (20 - full)}] {text}", end="", file=sys.stderr, flush=True)
+        else:
+            log(text)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.bar:
+            print("\r\x1b[K", end="", file=sys.stderr)
+        seconds = time.monotonic() - self.start
+        if kind is None and seconds > 1:
+            log(f"{self.label}: {self.done} {self.unit} in {seconds:.1f} s, {self.done / seconds:.0f} {self.unit}/s")
+
+
+@contextlib.contextmanager
+def replacing(path, mode: str = "w"):
+    """Open a file that appears at `path`, whole and on disk, only when the block has ended without an error."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"newline": "", "encoding": "utf-8"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- images and trees
+
+def read_image(path) -> Image.Image:
+    """Read an image file of any mode that Pillow opens as RGB, turned upright by its EXIF orientation.
+
+    Transparency is dropped, 16 bits become 8 by division; 32-bit integers and floats, which have no agreed range, are
+    stretched from their own minimum and maximum. Raises ImageError, also where a header promises more than 178 million
+    pixels (Pillow's bound on decompression bombs).
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+            elif image.mode in ("I", "F"):
+                low, high = image.getextrema()
+                scale = 255 / (high - low) if high > low else 0
+                image = image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
+            elif image.mode == "P":  # by way of RGBA, else Pillow warns of transparency given as bytes
+                image = image.convert("RGBA")
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ImageError(path, "no such file") from None
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, EOFError, MemoryError,
+            RuntimeError, NotImplementedError, Image.DecompressionBombError) as error:  # what decoders raise on broken files
+        reason = str(error).replace(repr(str(path)), "").replace(str(path), "").strip() or type(error).__name__
+        raise ImageError(path, reason) from None
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name counts as an image: by extension in any case, and not hidden."""
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+
+
+def find_images(folder) -> list[str]:
+    """All images below a folder, sorted; hidden files and folders are passed over, links are followed once."""
+    found, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            found += [os.path.join(root, name) for name in sorted(files) if is_image_name(name)]
+        seen.add(real)
+    return found
+
+
+def class_folders(folder) -> list[str]:
+    """The names of the class folders in a folder, sorted as ImageFolder sorts them; hidden ones are not classes."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def read_split(folder, classes: list[str] | None = None) -> tuple[list[str], list[str], list[int]]:
+    """Read FOLDER/<class>/*: (paths, class names, class index of each path).
+
+    With `classes` given, folders are matched to it by name, never by position, and a folder it lacks is a UserError. So
+    are a folder that does not exist, holds no class folder, or holds a class folder without images.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}")
+    found = class_folders(folder)
+    if not found:
+        raise UserError(f"{folder} has no class folders; expected {folder}/<class>/<image>")
+    names = classes if classes is not None else found
+    if unknown := [name for name in found if name not in names]:
+        raise UserError(f"{folder} has a class that the {len(names)} known classes lack: {', '.join(unknown[:5])}")
+    paths, targets = [], []
+    for name in found:
+        images = find_images(folder / name)
+        if not images:
+            raise UserError(f"class folder without images: {folder / name}; remove it, or put images into it")
+        paths += images
+        targets += [names.index(name)] * len(images)
+    return paths, names, targets
+
+
+def preprocess(image: Image.Image, size: int, interpolation: str) -> torch.Tensor:
+    """RGB image -> uint8 tensor [3, size, size]: the centre square of the shorter side, resized. A square is kept whole."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    pixels = functional.pil_to_tensor(image.crop((left, top, left + side, top + side)))
+    return functional.resize(pixels, [size, size], functional.InterpolationMode(interpolation), antialias=True)
+
+
+def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | None = None):
+    """Read images in threads, ahead of the consumer: yields lists of up to batch_size (path, uint8 [3, S, S] or ImageError).
+
+    Threads suffice, since Pillow and torch release the interpreter while they decode and resize; and unlike loader processes
+    they start at once, need no shared memory and cannot die alone. The order of `paths`, which may be any iterable, is
+    kept, and only about three batches are in memory at a time.
+    """
+    def read(path):
+        try:
+            return path, preprocess(read_image(path), preprocessing["size"], preprocessing["interpolation"])
+        except ImageError as error:
+            return path, error
+
+    workers = workers or min(2 * (os.cpu_count() or 1), 16)
+    executor, paths, ahead = ThreadPoolExecutor(workers), iter(paths), collections.deque()
+    try:
+        while True:
+            ahead.extend(executor.submit(read, path) for path in islice(paths, 3 * batch_size - len(ahead)))
+            if not ahead:
+                return
+            yield [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+# ---------------------------------------------------------------- the model
+
+def pick_device(name: str | None) -> torch.device:
+    """The device named, or CUDA, then MPS, then CPU. One that is not there is a UserError, never a fallback."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name is None:
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown; use cpu, cuda, cuda:N or mps") from None
+    count = {"cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps), "cpu": 1}.get(device.type, 0)
+    if (device.index or 0) >= count:
+        raise UserError(f"--device {name}: not available here ({count} {device.type} device{'s' * (count != 1)} found)")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The backbone's dtype for --precision: 'auto' is bf16 where the processor computes in it natively, else fp32."""
+    if name == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif device.type == "cpu":  # these checks have no public name yet; without them, fp32
+            native = any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
+        else:
+            native = False
+        name = "bf16" if native else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def find_head(model: torch.nn.Module, outputs: int) -> str:
+    """The name of the classifier: the last Linear or 1x1 convolution with `outputs` outputs. Everything before is backbone."""
+    for name, module in reversed(list(model.named_modules())):
+        if (isinstance(module, torch.nn.Linear) and module.out_features == outputs
+                or isinstance(module, torch.nn.Conv2d) and module.out_channels == outputs and module.kernel_size == (1, 1)):
+            return name
+    raise UserError(f"{type(model).__name__} has no Linear layer or 1x1 convolution with {outputs} outputs to serve as classifier")
+
+
+class FrozenModel:
+    """A model as all scripts run it: in eval mode, cut at its head, in the layout and precision that the device likes.
+
+    The model given is not changed. `features` runs everything before the head, `logits` the head and what stands behind it
+    (squeezenet's ReLU and pooling), in float32. Raises UserError where the model cannot take images of this size.
+    """
+
+    def __init__(self, model: torch.nn.Module, preprocessing: dict, outputs: int, device: torch.device, precision: str = "auto"):
+        keep_large_blocks()
+        self.device, self.dtype = device, pick_precision(precision, device)
+        self.batch_size = 16 if device.type == "cpu" else 128  # 16 images keep a CPU's cores busy and its caches warm
+        name, size = find_head(model, outputs), preprocessing["size"]
+        parent, head = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
+        siblings = dict(parent.named_children()) if isinstance(parent, torch.nn.Sequential) else {}
+        behind = list(siblings)[list(siblings).index(name.rpartition(".")[2]) + 1:] if siblings else []
+        backbone = copy.deepcopy(model).eval().requires_grad_(False)
+        for key in [name] + [f"{name.rpartition('.')[0]}.{key}" for key in behind]:
+            backbone.set_submodule(key, torch.nn.Identity())
+        backbone = fold_batchnorm(backbone)
+        try:
+            with torch.inference_mode():
+                width = backbone(torch.zeros(1, 3, size, size)).shape[1]
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(f"--image-size {size}: {type(model).__name__} cannot take images of {size} pixels "
+                            f"({one_line(error)[:120]})") from None
+        self.head = torch.nn.Sequential(head, *(siblings[key] for key in behind))
+        if isinstance(head, torch.nn.Conv2d):  # its input is a map, which the model's forward has flattened
+            side = math.isqrt(width // head.in_channels)
+            self.head = torch.nn.Sequential(torch.nn.Unflatten(1, (head.in_channels, side, side)), *self.head, torch.nn.Flatten())
+        self.head.to(device).eval()
+        self.width = width
+        self.backbone = backbone.to(device, self.dtype, memory_format=torch.channels_last)
+        self.mean, self.std = (255 * torch.tensor(preprocessing[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 pixels [B, 3, S, S] on any device -> float32 features [B, D] on this model's device."""
+        with torch.inference_mode():
+            images = pixels.to(self.device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
+            return self.backbone(images.sub_(self.mean).div_(self.std).to(self.dtype)).float()
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [B, D] -> logits [B, classes], float32."""
+        with torch.inference_mode():
+            return self.head(features)
+
+
+def fold_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
+    """A model in eval mode -> the same function with each BatchNorm multiplied into the convolution before it."""
+    try:
+        return importlib.import_module("torch.fx.experimental.optimization").fuse(model)
+    except torch.fx.proxy.TraceError:  # a forward that torch.fx cannot follow: right as it is, only slower
+        return model
+
+
+def keep_large_blocks():
+    """Have glibc keep freed blocks: by default every activation is mapped anew, and its page faults halve a CPU's rate."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc, m_trim_threshold, m_mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -3
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+# ---------------------------------------------------------------- the checkpoint
+
+def read_torch_file(path) -> dict:
+    """torch.load with weights_only=True, which runs no code from the file. Raises UserError for all that is no dict of tensors."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give a .pt file") from None
+    except Exception as error:  # pickle, zip and torch raise a dozen kinds on a damaged file
+        if "unsupported global" in str(error).lower() or "unsupported class" in str(error).lower():
+            raise UserError(f"refused to load {path}: it holds more than tensors and plain values, and could run code") from None
+        raise UserError(f"{path} is damaged, or is no PyTorch file") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def is_checkpoint(content: dict) -> bool:
+    return content.get("format") == CHECKPOINT_FORMAT
+
+
+def read_checkpoint(path) -> tuple[dict, torch.nn.Module]:
+    """Read a checkpoint that train.py wrote: (its dict, the model with its weights, in eval mode on the CPU)."""
+    content = read_torch_file(path)
+    if not is_checkpoint(content):
+        what = "a plain state dict; train.py takes it as --weights" if "state_dict" not in content else "from another program"
+        raise UserError(f"{path} is no checkpoint of train.py, but {what}")
+    if content["version"] > CHECKPOINT_VERSION:
+        raise UserError(f"{path} has checkpoint version {content['version']}; this program reads up to {CHECKPOINT_VERSION}, so update it")
+    try:
+        model = build_model(content["arch"], content["model_kwargs"])
+        load_weights(model, content["state_dict"], path)
+        [content[key] for key in ("classes", "preprocessing", "temperature")]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is an incomplete checkpoint: {error}") from None
+    return content, model.eval()
+
+
+def build_model(arch: str, model_kwargs: dict) -> torch.nn.Module:
+    """torchvision's model `arch` with random weights; `model_kwargs` are its own arguments, such as num_classes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # googlenet and inception_v3: "the default initialization will change"
+        return torchvision.models.get_model(arch, weights=None, **model_kwargs)
+
+
+def load_weights(model: torch.nn.Module, state_dict: dict, path):
+    """Load a state dict into a model of exactly its keys and shapes; raises UserError naming the keys that do not fit."""
+    own = model.state_dict()
+    wrong = {"missing": [key for key in own if key not in state_dict],
+             "unknown": [key for key in state_dict if key not in own],
+             "of another shape": [key for key in own if key in state_dict and own[key].shape != getattr(state_dict[key], "shape", None)]}
+    if any(wrong.values()):
+        details = "; ".join(f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for kind, keys in wrong.items() if keys)
+        raise UserError(f"{path} does not fit {type(model).__name__}: {details}")
+    model.load_state_dict(state_dict)

@@ -1,0 +1,227 @@
+"""prepare_data.py: sources, the split, what it refuses, what it leaves behind."""
+import csv
+import hashlib
+import inspect
+import io
+import json
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import command, make_tree, real, tile
+from PIL import Image
+
+
+def rows(out):
+    with open(out / "splits.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_tree(tmp_path / "source", counts=(("", 20),))
+
+
+def pack(folder, archive, prefix=""):
+    with zipfile.ZipFile(archive, "w") as z:
+        for path in sorted(folder.rglob("*.png")):
+            z.write(path, prefix + str(path.relative_to(folder)))
+    return archive
+
+
+def test_folder_to_tree(run, source, tmp_path):
+    out = tmp_path / "out"
+    result = run("prepare_data", "--source", source, "--out", out)
+    assert (result.json["images"], result.json["train"], result.json["val"], result.json["test"]) == (60, 42, 6, 12)
+    assert result.json["counts"]["test"] == {"blue": 4, "green": 4, "red": 4}
+    table = rows(out)
+    assert len(table) == 60
+    for row in table:  # each file is where its row says, with the content of the source
+        content = (out / row["path"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == row["sha256"]
+        assert row["path"] == f"{row['split']}/{row['class']}/{Path(row['path']).name}"
+        assert content == (source / row["class"] / Path(row["path"]).name).read_bytes()
+    assert files(out) == sorted(["splits.csv"] + [row["path"] for row in table])
+    from torchvision.datasets import ImageFolder
+    assert ImageFolder(out / "train").classes == ["blue", "green", "red"] and len(ImageFolder(out / "train")) == 42
+
+
+def test_split_depends_on_content_alone(run, source, tmp_path):
+    run("prepare_data", "--source", source, "--out", tmp_path / "a")
+    for path in sorted(source.rglob("*.png")):
+        path.rename(path.with_name("x" + path.name[::-1].replace("gnp.", "") + ".png"))
+    run("prepare_data", "--source", pack(source, tmp_path / "s.zip"), "--out", tmp_path / "b")
+    run("prepare_data", "--source", source, "--out", tmp_path / "c", "--seed", 1)
+    a, b, c = ({row["sha256"]: row["split"] for row in rows(tmp_path / name)} for name in "abc")
+    assert a == b
+    assert a.keys() == c.keys() and a != c
+
+
+def test_no_val_is_the_papers_split(run, source, tmp_path):
+    result = run("prepare_data", "--source", source, "--out", tmp_path / "out", "--val", 0, "--test", 0.2)
+    assert (result.json["train"], result.json["val"], result.json["test"]) == (48, 0, 12)
+    assert not (tmp_path / "out" / "val").exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
+def test_archives_with_a_wrapping_folder(run, source, tmp_path, kind):
+    (source / "red" / "notes.txt").write_text("not an image")
+    (source / ".ipynb_checkpoints").mkdir()
+    shutil.copy(source / "red" / "red 0.png", source / ".ipynb_checkpoints" / "red 0-checkpoint.png")
+    archive = tmp_path / f"s.{kind}"
+    shutil.make_archive(str(tmp_path / "s"), {"tar.gz": "gztar"}.get(kind, kind), source.parent, "source")
+    result = run("prepare_data", "--source", archive, "--out", tmp_path / "out")
+    assert (result.json["images"], result.json["classes"], result.json["not_images"]) == (60, 3, 2)
+
+
+def test_split_source_is_kept_and_val_made_from_train(run, tmp_path):
+    source = make_tree(tmp_path / "source", counts=(("train", 10), ("test", 5)))
+    result = run("prepare_data", "--source", source, "--out", tmp_path / "out", "--val", 0.2)
+    assert result.json["counts"] == {name: {c: n for c in ("blue", "green", "red")} for name, n in (("train", 8), ("val", 2), ("test", 5))}
+    assert files(tmp_path / "out" / "test") == files(source / "test")
+
+
+def test_equal_images_stay_together_and_never_have_two_classes(run, source, tmp_path):
+    for number in range(8):
+        shutil.copy(source / "red" / f"red {number}.png", source / "red" / f"again {number}.png")
+    result = run("prepare_data", "--source", source, "--out", tmp_path / "out")
+    assert "8 images repeat" in result.err
+    splits = {}
+    for row in rows(tmp_path / "out"):
+        assert splits.setdefault(row["sha256"], row["split"]) == row["split"]
+    shutil.copy(source / "red" / "red 0.png", source / "blue" / "sea.png")
+    error, = run("prepare_data", "--source", source, "--out", tmp_path / "out2", code=2).error
+    assert "blue/sea.png" in error and "red/red 0.png" in error and not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize("mode", ["P", "I;16", "CMYK", "RGBA", "LA", "L", "1", "I", "F", "exif"])
+def test_images_of_any_mode(run, source, tmp_path, mode):
+    picture = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 50)
+    extra = source / "red" / {"CMYK": "x.jpg", "exif": "x.JPG", "F": "x.tif", "I": "x.tiff"}.get(mode, "x.png")
+    if mode == "exif":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture.convert("RGB").save(extra, exif=exif)
+    elif mode == "I;16":
+        Image.frombytes("I;16", (2, 1), (0).to_bytes(2, "little") + (40000).to_bytes(2, "little")).save(extra)
+    else:
+        picture.convert("RGB" if mode in ("P", "CMYK") else "L").convert(mode).save(extra)
+    run("prepare_data", "--source", source, "--out", tmp_path / "out")
+    from common import read_image
+    image = read_image(extra)
+    assert image.mode == "RGB" and image.size == {"exif": (30, 40), "I;16": (2, 1)}.get(mode, (40, 30))
+    if mode == "I;16":  # scaled, not clipped
+        assert image.getpixel((1, 0)) == (155, 155, 155) and image.getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda s: (s / "red" / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0 no jpeg"), "bad.jpg"),
+    (lambda s: (s / "red" / "cut.png").write_bytes((s / "red" / "red 0.png").read_bytes()[:900]), "cut.png"),
+    (lambda s: [p.unlink() for p in s.rglob("*.png")], "no images"),
+    (lambda s: [shutil.rmtree(s / c) for c in ("red", "green")], "one class"),
+    (lambda s: shutil.copy(s / "red" / "red 0.png", s / "loose.png"), "in no class folder"),
+    (lambda s: shutil.rmtree(s), "no such file or folder"),
+])
+def test_bad_sources(run, source, tmp_path, damage, words):
+    damage(source)
+    error, = run("prepare_data", "--source", source, "--out", tmp_path / "new" / "out", code=2).error
+    assert words in error
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["../climb.png", "/abs.png", "a/../../climb.png"])
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_archives_that_climb_out_are_refused(run, source, tmp_path, name, kind):
+    content = (source / "red" / "red 0.png").read_bytes()
+    archive = tmp_path / f"evil.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(archive, "w") as z:
+            z.writestr(name, content)
+    else:
+        with tarfile.open(archive, "w") as t:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            t.addfile(info, io.BytesIO(content))
+    before = files(tmp_path)
+    error, = run("prepare_data", "--source", archive, "--out", tmp_path / "out", code=2).error
+    assert "climbs out" in error and files(tmp_path) == before
+
+
+def test_links_bombs_and_damaged_archives_are_refused(run, source, tmp_path):
+    with tarfile.open(tmp_path / "link.tar", "w") as t:
+        info = tarfile.TarInfo("red/link.png")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        t.addfile(info)
+    assert "link" in run("prepare_data", "--source", tmp_path / "link.tar", "--out", tmp_path / "out", code=2).error[0]
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        with z.open("red/bomb.png", "w", force_zip64=True) as file:
+            for _ in range(1030):
+                file.write(bytes(1 << 20))
+    assert "times its size" in run("prepare_data", "--source", tmp_path / "bomb.zip", "--out", tmp_path / "out", code=2).error[0]
+    whole = pack(source, tmp_path / "whole.zip").read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[:len(whole) // 2])
+    assert "damaged" in run("prepare_data", "--source", tmp_path / "cut.zip", "--out", tmp_path / "out", code=2).error[0]
+    (tmp_path / "flip.zip").write_bytes(whole[:400] + b"\x55" * 8 + whole[408:])
+    assert "damaged" in run("prepare_data", "--source", tmp_path / "flip.zip", "--out", tmp_path / "out", code=2).error[0]
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_existing_target_stands_until_forced(run, source, tmp_path):
+    out = tmp_path / "out"
+    run("prepare_data", "--source", source, "--out", out)
+    before = files(out)
+    assert "--force" in run("prepare_data", "--source", source, "--out", out, "--seed", 5, code=2).error[0]
+    (source / "red" / "bad.jpg").write_bytes(b"no jpeg")
+    run("prepare_data", "--source", source, "--out", out, "--force", code=2)
+    assert files(out) == before
+    (source / "red" / "bad.jpg").unlink()
+    run("prepare_data", "--source", source, "--out", out, "--force", "--val", 0)
+    assert files(out) != before and not (out / "val").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_download(run, source, tmp_path, monkeypatch):
+    """The address is torchvision's; the checksum is verified before anything is unpacked; a failure leaves nothing."""
+    import prepare_data
+    from torchvision.datasets import EuroSAT
+    assert prepare_data.EUROSAT_MD5 in inspect.getsource(EuroSAT.download)
+    archive = pack(source, tmp_path / "served.zip", prefix="2750/")
+    monkeypatch.setattr(prepare_data, "EUROSAT_URL", archive.as_uri())
+    out = tmp_path / "made" / "eurosat"
+    error, = run("prepare_data", "--out", out, code=2).error
+    assert "MD5" in error and "--source" in error and "--synthetic" in error and not out.parent.exists()
+    monkeypatch.setattr(prepare_data, "EUROSAT_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    assert run("prepare_data", "--out", out).json["images"] == 60
+    archive.unlink()  # the download is kept for the next time
+    assert run("prepare_data", "--out", out, "--force", "--val", 0).json["val"] == 0
+    shutil.rmtree(out.parent)
+    error, = run("prepare_data", "--out", out, code=2).error
+    assert "cannot download" in error and "--source" in error and "--synthetic" in error and not out.parent.exists()
+
+
+def test_synthetic_is_seeded(run, tmp_path):
+    result = run("prepare_data", "--synthetic", "--per-class", 4, "--out", tmp_path / "a", "--val", 0.25, "--test", 0.25)
+    assert (result.json["images"], result.json["classes"], result.json["test"]) == (40, 10, 10)
+    run("prepare_data", "--synthetic", "--per-class", 4, "--out", tmp_path / "b", "--val", 0.25, "--test", 0.25)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert {Image.open(tmp_path / "a" / row["path"]).size for row in rows(tmp_path / "a")} == {(64, 64)}
+
+
+def test_unwritable_output(run, source, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    run("prepare_data", "--source", source, "--out", tmp_path / "file" / "out", code=2)
+
+
+def test_real_eurosat(tmp_path):
+    """The whole of EuroSAT, by the real command."""
+    done = command("prepare_data", "--source", real("eurosat", "EuroSAT.zip"), "--out", tmp_path / "eurosat")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["images"], result["classes"], result["train"], result["val"], result["test"]) == (27000, 10, 18900, 2700, 5400)
+    totals = {name: sum(result["counts"][part][name] for part in result["counts"]) for name in result["counts"]["train"]}
+    assert sorted(totals.values()) == [2000] + [2500] * 4 + [3000] * 5

@@ -1,0 +1,221 @@
+"""train.py: the three files it writes, what it learns, what it leaves alone, what it refuses."""
+import csv
+import shutil
+
+import pytest
+import torch
+import torchvision
+from conftest import SMALL, command, make_tree, real
+
+FIELDS = ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "seconds"]
+
+
+def history(folder):
+    with open(folder / "history.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_result_line_history_and_checkpoint(trained, tree):
+    result, rows, checkpoint = trained.json, history(trained.folder), load(trained.model)
+    assert list(rows[0]) == FIELDS and [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert result["model"] == str(trained.model) and result["arch"] == "resnet18" and result["epochs"] == 4
+    best = rows[result["best_epoch"] - 1]
+    assert float(best["val_acc"]) == max(float(row["val_acc"]) for row in rows)
+    for split in ("train", "val", "test"):
+        assert result[f"{split}_acc"] == float(best[f"{split}_acc"])
+    assert result["test_acc"] >= 0.9
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert float(rows[0]["lr"]) == 0.01 and float(rows[-1]["lr"]) < float(rows[0]["lr"])
+    assert checkpoint["classes"] == ["blue", "green", "red"]
+    assert checkpoint["preprocessing"] == {"size": 32, "interpolation": "bilinear", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert checkpoint["args"]["epochs"] == 4 and checkpoint["args"]["data"] == str(tree) and "torch" in checkpoint["versions"]
+    assert checkpoint["temperature"] > 0
+    torchvision.models.resnet18(num_classes=3).load_state_dict(checkpoint["state_dict"])
+
+
+def test_saved_model_is_what_was_measured(trained, tree):
+    """Plain torchvision, from pixels, in the plain layout, repeats the accuracies of the best epoch: folding changed nothing."""
+    from common import preprocess, read_image, read_split
+    checkpoint = load(trained.model)
+    model = torchvision.models.get_model(checkpoint["arch"], **checkpoint["model_kwargs"]).eval()
+    model.load_state_dict(checkpoint["state_dict"])
+    mean, std = (torch.tensor(checkpoint["preprocessing"][k]).view(3, 1, 1) for k in ("mean", "std"))
+    for split in ("train", "val", "test"):
+        paths, _, targets = read_split(tree / split)
+        images = torch.stack([(preprocess(read_image(p), 32, "bilinear") / 255 - mean) / std for p in paths])
+        with torch.no_grad():
+            logits = model(images)
+        assert (logits.argmax(1) == torch.tensor(targets)).float().mean().item() == pytest.approx(checkpoint["metrics"][f"{split}_acc"])
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(targets)).item()
+        assert loss == pytest.approx(checkpoint["metrics"][f"{split}_loss"], abs=1e-4)
+
+
+def test_frozen_means_frozen(run, tree, tmp_path):
+    """Not one bit of the backbone changes, BatchNorm statistics included."""
+    torch.manual_seed(1)
+    before = torchvision.models.mobilenet_v3_small().state_dict()
+    torch.save(before, tmp_path / "weights.pth")
+    run("train", "--data", tree, "--out", tmp_path / "out", "--epochs", 2, "--arch", "mobilenet_v3_small", "--weights", tmp_path / "weights.pth",
+        "--image-size", 32)
+    after = load(tmp_path / "out" / "model.pt")["state_dict"]
+    assert after.keys() == before.keys()
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert changed == ["classifier.3.weight", "classifier.3.bias"]
+
+
+def test_seed_repeats_to_the_bit(run, trained, tree, tmp_path):
+    run("train", "--data", tree, "--out", tmp_path / "again", "--epochs", 4, "--lr", 0.01, *SMALL)
+    run("train", "--data", tree, "--out", tmp_path / "other", "--epochs", 4, "--lr", 0.01, "--seed", 1, *SMALL)
+    first, again, other = (load(folder / "model.pt") for folder in (trained.folder, tmp_path / "again", tmp_path / "other"))
+    assert same(first["state_dict"], again["state_dict"]) and first["temperature"] == again["temperature"]
+    assert not same(first["state_dict"], other["state_dict"])
+
+
+@pytest.mark.parametrize("arch, size", [("squeezenet1_1", 64), ("googlenet", 64), ("inception_v3", 96), ("maxvit_t", 224), ("vit_b_32", 224),
+                                        ("densenet121", 64), ("convnext_tiny", 64), ("vgg11", 64)])
+def test_odd_architectures(run, tmp_path, arch, size):
+    """Trained, saved, loaded by plain torchvision, evaluated from pixels: the accuracies agree."""
+    data = make_tree(tmp_path / "data", counts=(("train", 6), ("test", 4)))
+    result = run("train", "--data", data, "--out", tmp_path / "out", "--epochs", 3, "--arch", arch, "--weights", "none", "--image-size", size).json
+    checkpoint = load(tmp_path / "out" / "model.pt")
+    torchvision.models.get_model(arch, **checkpoint["model_kwargs"]).load_state_dict(checkpoint["state_dict"])
+    assert result["val_acc"] is None and result["best_epoch"] == 3 and checkpoint["temperature"] == 1
+    measured = run("evaluate", "--checkpoint", tmp_path / "out" / "model.pt", "--data", data).json
+    assert measured["accuracy"] == pytest.approx(result["test_acc"])
+    assert measured["loss"] == pytest.approx(float(history(tmp_path / "out")[-1]["test_loss"]), abs=2e-3)
+
+
+def test_weights_of_our_own_and_of_another_class_count(run, trained, tree, tmp_path):
+    """A model.pt is a starting point; its classifier, for other classes, is left out, and its preprocessing comes along."""
+    data = make_tree(tmp_path / "two", classes=["blue", "red"])
+    run("train", "--data", data, "--out", tmp_path / "out", "--epochs", 1, "--arch", "resnet18", "--weights", trained.model)
+    ours, theirs = load(tmp_path / "out" / "model.pt"), load(trained.model)
+    assert ours["classes"] == ["blue", "red"] and ours["preprocessing"] == theirs["preprocessing"]
+    assert torch.equal(ours["state_dict"]["layer4.1.conv2.weight"], theirs["state_dict"]["layer4.1.conv2.weight"])
+    torch.save(theirs["state_dict"], tmp_path / "plain.pth")
+    run("train", "--data", data, "--out", tmp_path / "out2", "--epochs", 1, "--arch", "resnet18", "--weights", tmp_path / "plain.pth", "--image-size", 32)
+    assert same(ours["state_dict"], load(tmp_path / "out2" / "model.pt")["state_dict"])
+
+
+def test_pretrained_inception_expects_its_own_input_scale(run, tree, tmp_path):
+    """transform_input is set by ImageNet weights and is no part of a state dict."""
+    torch.save(torchvision.models.googlenet(init_weights=False).state_dict(), tmp_path / "googlenet.pth")
+    run("train", "--data", tree, "--out", tmp_path / "out", "--epochs", 1, "--arch", "googlenet", "--weights", tmp_path / "googlenet.pth", "--image-size", 64)
+    assert load(tmp_path / "out" / "model.pt")["model_kwargs"] == {"num_classes": 3, "aux_logits": False, "transform_input": True}
+
+
+def test_resume_ends_as_if_never_stopped(run, trained, tree, tmp_path, monkeypatch):
+    import train
+    out = tmp_path / "out"
+    args = ["--data", tree, "--epochs", 4, "--lr", 0.01, *SMALL, "--out", out]
+    real_save = train.save_last
+
+    def die(*positional, **state):
+        real_save(*positional, **state)
+        if len(state["history"]) == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save_last", die)
+    run("train", *args, code=130)
+    monkeypatch.undo()
+    assert not (out / "model.pt").exists()
+    error, = run("train", *args, code=2).error
+    assert "--resume" in error and "--restart" in error
+    assert "lr was 0.01, is 0.02" in run("train", *args, "--resume", "--lr", 0.02, code=2).error[0]
+    assert "resumed after epoch 2" in run("train", *args, "--resume").err
+    assert same(load(out / "model.pt")["state_dict"], load(trained.model)["state_dict"])
+    drop = [[{k: v for k, v in row.items() if k != "seconds"} for row in history(folder)] for folder in (out, trained.folder)]
+    assert drop[0] == drop[1]
+    assert "nothing to resume" in run("train", *args, "--resume").err
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda d: remove(d), "no such folder"),
+    (lambda d: remove(d / "train"), "no train/"),
+    (lambda d: [remove(p) for p in (d / "train").iterdir()], "no class folders"),
+    (lambda d: [remove(d / s / c) for s in ("train", "val", "test") for c in ("red", "blue")], "one class"),
+    (lambda d: (d / "train" / "empty").mkdir(), "empty"),
+    (lambda d: shutil.copytree(d / "test" / "red", d / "test" / "purple"), "purple"),
+    (lambda d: (d / "val" / "red" / "bad.jpg").write_bytes(b"no image"), "bad.jpg"),
+])
+def test_bad_trees(run, tree, tmp_path, damage, words):
+    data = tmp_path / "data"
+    shutil.copytree(tree, data)
+    damage(data)
+    error, = run("train", "--data", data, "--out", tmp_path / "out", *SMALL, code=2).error
+    assert words in error
+    assert not (tmp_path / "out" / "model.pt").exists()
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--epochs", "0"], "--epochs"), (["--batch-size", "0"], "--batch-size"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
+    (["--arch", "resnet5"], "resnet50"), (["--device", "tpu"], "tpu"), (["--device", "cuda:99"], "not available"),
+    (["--weights", "IMAGENET1K_V9"], "IMAGENET1K_V1"), (["--weights", "no/such.pth"], "no/such.pth"),
+    (["--image-size", "1"], "--image-size 1"), (["--arch", "vit_b_16", "--image-size", "200"], "--image-size 200"),
+    (["--resume", "--restart"], "exclude"),
+])
+def test_bad_arguments(run, tree, tmp_path, argv, words):
+    error, = run("train", "--data", tree, "--out", tmp_path / "out", "--arch", "vgg11", "--weights", "none", "--device", "cpu", *argv, code=2).error
+    assert words in error
+
+
+def test_weights_that_do_not_fit(run, trained, tree, tmp_path):
+    torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    for weights, words in (("other.pth", "missing (conv1.weight"), ("list.pth", "list"), ("text.pth", "damaged"), (trained.model, "--arch resnet18")):
+        arch = "resnet50" if weights == trained.model else "resnet18"
+        error, = run("train", "--data", tree, "--out", tmp_path / "out", "--arch", arch, "--weights", tmp_path / weights, code=2).error
+        assert words in error and str(tmp_path / weights) in error
+
+
+def test_no_download_no_fallback(tree, tmp_path):
+    """Without a network the default weights are an error that names both ways out, never random weights in their place."""
+    done = command("train", "--data", tree, "--out", tmp_path / "out", env={"PATH": "", "HOME": str(tmp_path), "TORCH_HOME": str(tmp_path),
+                                                                             "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert "cannot download" in line and "resnet50-0676ba61.pth" in line and "--weights FILE" in line and "--weights none" in line
+    assert not (tmp_path / "out" / "model.pt").exists()
+
+
+def test_unwritable_output(run, tree, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    run("train", "--data", tree, "--out", tmp_path / "file" / "out", *SMALL, code=2)
+
+
+def test_help_is_instant_and_archs_are_listed():
+    import resource
+    for script in ("prepare_data", "train", "evaluate", "predict"):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = command(script, "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0 and "example:" in done.stdout and "exit codes:" in done.stdout
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4, script  # 0.2 s, with room for a busy machine
+    assert command("train", "--epochs", "0").returncode == 2
+    assert command("train", "--list-archs").stdout.split() == torchvision.models.list_models(module=torchvision.models)
+
+
+def test_real_weights_on_real_tiles(run, tmp_path):
+    """ImageNet's mobilenet_v2 on 40 EuroSAT tiles of each class, at 96 pixels: far better than chance would do."""
+    import zipfile
+    with zipfile.ZipFile(real("eurosat", "EuroSAT.zip")) as archive:
+        names = [n for n in archive.namelist() if n.endswith(".jpg") and int(n.rsplit("_", 1)[1][:-4]) <= 40]
+        archive.extractall(tmp_path / "source", names)
+    run("prepare_data", "--source", tmp_path / "source", "--out", tmp_path / "data")
+    result = run("train", "--data", tmp_path / "data", "--out", tmp_path / "out", "--arch", "mobilenet_v2", "--image-size", 96, "--epochs", 10,
+                 "--weights", real("weights", "mobilenet_v2_imagenet.pth")).json
+    assert result["test_acc"] > 0.55
+    measured = run("evaluate", "--checkpoint", tmp_path / "out" / "model.pt", "--data", tmp_path / "data").json
+    assert measured["accuracy"] == pytest.approx(result["test_acc"], abs=0.013)

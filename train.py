@@ -1,0 +1,380 @@
+"""Train an image classifier by transfer learning: a pre-trained network, frozen, with a new classifier for your classes.
+
+Reads DATA/train/<class>/*, and DATA/val and DATA/test where they are, and writes OUT/model.pt, OUT/last.pt and
+OUT/history.csv. The frozen network sees each image once; the classifier is then trained on the remembered features.
+The best epoch is chosen on val, test is only ever reported. The last line on stdout is one JSON object.
+"""
+from __future__ import annotations
+
+import copy
+import csv
+import difflib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from common import (CHECKPOINT_FORMAT, CHECKPOINT_VERSION, SPLITS, FrozenModel, ImageError, Progress, UserError,
+                    add_hardware_options, build_model, class_folders, command, find_head, is_checkpoint, load_weights, log,
+                    make_parser, one_line, pick_device, positive_float, positive_int, read_batches, read_split, read_torch_file,
+                    replacing, torch, torchvision)
+
+HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")), "seconds"]
+
+
+def parse_args(argv):
+    parser = make_parser("train.py", __doc__, "python train.py --data data/eurosat --epochs 5")
+    group = parser.add_argument_group("data and output")
+    group.add_argument("--data", type=Path, default=Path("data/eurosat"), help="the tree that prepare_data.py made, or one like it")
+    group.add_argument("--out", type=Path, help="folder for the results (default: runs/<name of the data folder>)")
+    group.add_argument("--resume", action="store_true", help="continue the unfinished run in OUT; without one, start")
+    group.add_argument("--restart", action="store_true", help="discard the unfinished run in OUT and start anew")
+    group = parser.add_argument_group("model")
+    group.add_argument("--arch", default="resnet50", help="any torchvision classification model")
+    group.add_argument("--list-archs", action="store_true", help="print the names that --arch takes, and end")
+    group.add_argument("--weights", help="a name such as IMAGENET1K_V2; a file: a torchvision state dict or a model.pt of this program; or "
+                       "none: random. Default: IMAGENET1K_V1 where the model has it, else torchvision's DEFAULT. For ResNets V1 is the plain "
+                       "softmax cross entropy recipe, whose features transfer better when frozen than those trained with label "
+                       "smoothing and mixup (Kornblith et al., NeurIPS 2021)")
+    group.add_argument("--image-size", type=positive_int, help="pixels that images are resized to (default: as the weights were trained)")
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive_int, default=5, help="passes over the training features")
+    group.add_argument("--batch-size", type=positive_int, default=64, help="images per step of the optimizer")
+    group.add_argument("--lr", type=positive_float, default=1e-3, help="Adam's learning rate at the start; it falls to 0 along a cosine")
+    group.add_argument("--seed", type=int, default=0, help="of the new classifier and the order of images")
+    add_hardware_options(parser)
+    args = parser.parse_args(argv)
+    if args.resume and args.restart:
+        parser.error("--resume and --restart exclude each other")
+    args.out = args.out or Path("runs") / args.data.resolve().name
+    return args
+
+
+@command
+def main(argv=None):
+    args, start = parse_args(argv), time.monotonic()
+    if args.list_archs:
+        print("\n".join(architectures()))
+        return
+    device = pick_device(args.device)
+    classes, splits = read_tree(args.data)
+    unfinished = open_run(args, classes)
+    model, preprocessing, model_kwargs = load_pretrained(args.arch, args.weights, args.image_size, len(classes), args.seed)
+    frozen = FrozenModel(model, preprocessing, len(classes), device, args.precision)
+    data = extract_features(frozen, splits, preprocessing, args.workers)
+    head = standardised_head(frozen, data["train"][0])
+    history, best = train_head(head, data, args, classes, unfinished)
+    fold_standardisation(head, best["head"], model.get_submodule(find_head(model, len(classes))))
+    temperature = fit_temperature(head, *data["val"]) if "val" in data else 1.0
+    row = history[best["epoch"] - 1]
+    result = {"model": str(args.out / "model.pt"), "history": str(args.out / "history.csv"), "arch": args.arch, "epochs": len(history),
+              "best_epoch": best["epoch"], **{f"{split}_acc": row[f"{split}_acc"] for split in SPLITS}, "seconds": round(time.monotonic() - start, 1)}
+    save_model(args, model, model_kwargs, classes, preprocessing, temperature, row)
+    save_last(args, classes, finished=True)
+    print(json.dumps(result))
+
+
+# ---------------------------------------------------------------- what to train on, where to write
+
+def read_tree(data: Path):
+    """(classes, {split: (paths, targets)}) of an ImageFolder tree; the classes are those of train/."""
+    if not data.is_dir():
+        raise UserError(f"no such folder: {data}; make one with prepare_data.py")
+    if not (data / "train").is_dir():
+        raise UserError(f"{data} has no train/ folder; make one with: prepare_data.py --source {data} --out <new folder>")
+    classes, splits = None, {}
+    for split in (name for name in SPLITS if (data / name).is_dir()):
+        paths, classes, targets = read_split(data / split, classes)
+        if len(classes) < 2:
+            raise UserError(f"{data / split} has one class, {classes[0]}; a classifier needs two or more")
+        splits[split] = paths, torch.tensor(targets)
+        if absent := [name for index, name in enumerate(classes) if index not in set(targets)]:
+            log(f"warning: {data / split} has no images of {', '.join(absent)}")
+    if "val" not in splits:
+        log(f"{data} has no val/: nothing is selected; the last epoch is the model, the temperature is 1")
+    if ignored := [name for name in class_folders(data) if name not in SPLITS]:
+        log(f"warning: ignored in {data}: {', '.join(ignored)}")
+    log(f"{data}: {len(classes)} classes, " + ", ".join(f"{len(targets)} {split}" for split, (_, targets) in splits.items()))
+    return classes, splits
+
+
+def open_run(args, classes: list[str]) -> dict | None:
+    """Make OUT, see that it can be written, and return the state of the unfinished run in it if --resume asks for that."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    with replacing(args.out / ".writable"):
+        pass
+    (args.out / ".writable").unlink()
+    last = args.out / "last.pt"
+    state = read_torch_file(last) if last.exists() and not args.restart else {"finished": True}
+    if state["finished"]:
+        if args.resume:
+            log(f"nothing to resume in {args.out}: starting")
+        return None
+    if not args.resume:
+        raise UserError(f"{args.out} holds an unfinished run ({len(state['history'])} epochs): go on with --resume, or discard it with --restart")
+    ours, theirs = run_arguments(args, classes), state["args"]
+    if different := [f"{key} was {theirs.get(key)}, is {ours[key]}" for key in ours if ours[key] != theirs.get(key)]:
+        raise UserError(f"cannot resume {args.out} with other arguments: {'; '.join(different)}")
+    return state
+
+
+def run_arguments(args, classes: list[str] | None = None) -> dict:
+    """The arguments that shape the result, as plain values."""
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+              if key not in ("resume", "restart", "list_archs", "out", "workers")}
+    return values | ({"classes": classes} if classes else {})
+
+
+# ---------------------------------------------------------------- the pre-trained model
+
+def architectures() -> list[str]:
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def load_pretrained(arch: str, weights: str | None, image_size: int | None, classes: int, seed: int):
+    """Build torchvision's `arch` with pre-trained weights and a new classifier for `classes` classes.
+
+    Returns the model, its preprocessing and the arguments that torchvision needs to build the same model again. An auxiliary
+    classifier (googlenet, inception_v3) serves only training from scratch and is removed.
+    """
+    if arch not in architectures():
+        near = difflib.get_close_matches(arch, architectures(), n=3)
+        raise UserError(f"unknown --arch {arch}; {'did you mean ' + ' or '.join(near) + '?' if near else 'see --list-archs'}")
+    entries = torchvision.models.get_model_weights(arch)
+    names = {entry.name: entry for entry in entries}
+    name = weights.rpartition("_Weights.")[2] if weights else "IMAGENET1K_V1" if "IMAGENET1K_V1" in names else entries.DEFAULT.name
+    default, outputs = names.get(name) or names.get("IMAGENET1K_V1") or entries.DEFAULT, 1000
+    preprocessing = preset(default)
+    if name in names:
+        model = download_pretrained(arch, default)
+    elif name == "none":
+        torch.manual_seed(seed)
+        model = build_model(arch, {})
+        log(f"warning: --weights none: {arch} starts from random weights, and the features of a frozen random network tell little")
+    elif Path(weights).exists():
+        model, outputs, preprocessing = read_pretrained(arch, Path(weights), preprocessing)
+    else:
+        raise UserError(f"--weights {weights}: neither a file nor one of {', '.join(names)}, none")
+    remove_auxiliary(model)
+    replace_head(model, outputs, classes, seed)
+    settings = {key: getattr(model, key) for key in ("aux_logits", "transform_input", "image_size") if hasattr(model, key)}
+    return model, preprocessing | ({"size": image_size} if image_size else {}), {"num_classes": classes, **settings}
+
+
+def preset(weights) -> dict:
+    """The preprocessing that a torchvision weights entry was trained with."""
+    transform = weights.transforms()
+    return {"size": transform.crop_size[0], "interpolation": transform.interpolation.value,
+            "mean": list(transform.mean), "std": list(transform.std)}
+
+
+def download_pretrained(arch: str, weights) -> torch.nn.Module:
+    """torchvision's model with weights from its download cache or the network."""
+    try:
+        return torchvision.models.get_model(arch, weights=weights, progress=sys.stderr.isatty())
+    except (OSError, RuntimeError) as error:  # no network, HTTP errors; an interrupted download has an "invalid hash value"
+        raise UserError(f"cannot download {weights} from {weights.url}: {one_line(error)}; download it elsewhere and give the file "
+                        "with --weights FILE, or train from random weights with --weights none") from None
+
+
+def read_pretrained(arch: str, path: Path, preprocessing: dict):
+    """Read weights from a file: (model, number of its classes, preprocessing). The file's classifier may have any class count.
+
+    A checkpoint of this program brings its own preprocessing, a plain state dict is taken to be trained with that given.
+    """
+    content = read_torch_file(path)
+    if is_checkpoint(content):
+        if content["arch"] != arch:
+            raise UserError(f"{path} is a {content['arch']}; pass --arch {content['arch']}")
+        model = build_model(arch, content["model_kwargs"])
+        load_weights(model, content["state_dict"], path)
+        return model, len(content["classes"]), content["preprocessing"]
+    model, outputs = build_model(arch, {}), 1000
+    if hasattr(model, "transform_input"):  # googlenet, inception_v3: ImageNet weights expect it, but a state dict cannot say so
+        model.transform_input = True
+    if not any(key.startswith(("aux1.", "AuxLogits.")) for key in content):
+        remove_auxiliary(model)
+    weight = content.get(f"{find_head(model, outputs)}.weight")
+    if torch.is_tensor(weight) and weight.dim() and len(weight) != outputs:
+        replace_head(model, outputs, len(weight))
+        outputs = len(weight)
+    load_weights(model, content, path)
+    return model, outputs, preprocessing
+
+
+def remove_auxiliary(model: torch.nn.Module):
+    """Remove the auxiliary classifiers of googlenet and inception_v3, as torchvision does with aux_logits=False."""
+    if getattr(model, "aux_logits", False):
+        model.aux_logits = False
+        for name in ("aux1", "aux2", "AuxLogits"):
+            if hasattr(model, name):
+                setattr(model, name, None)
+
+
+def replace_head(model: torch.nn.Module, outputs: int, classes: int, seed: int = 0):
+    """Replace the classifier, which has `outputs` outputs, by a new one of the same kind for `classes` classes.
+
+    Its weights depend on its shape and the seed alone, not on what was drawn before.
+    """
+    name = find_head(model, outputs)
+    old = model.get_submodule(name)
+    if isinstance(old, torch.nn.Linear):
+        new = torch.nn.Linear(old.in_features, classes, bias=old.bias is not None)
+    else:
+        new = torch.nn.Conv2d(old.in_channels, classes, kernel_size=1, bias=old.bias is not None)
+    torch.nn.init.normal_(new.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+    if new.bias is not None:
+        torch.nn.init.zeros_(new.bias)
+    model.set_submodule(name, new)
+
+
+# ---------------------------------------------------------------- features, once per image
+
+def extract_features(frozen: FrozenModel, splits: dict, preprocessing: dict, workers: int | None) -> dict:
+    """Run the frozen backbone over every image once: {split: (features [N, D] float32, targets [N])} on its device.
+
+    Raises UserError naming the first image that cannot be read.
+    """
+    paths = [path for split_paths, _ in splits.values() for path in split_paths]
+    features, done = torch.empty(len(paths), frozen.width), 0
+    with Progress("features", len(paths)) as progress:
+        for batch in read_batches(paths, preprocessing, frozen.batch_size, workers):
+            if bad := [pixels for _, pixels in batch if isinstance(pixels, ImageError)]:
+                raise bad[0]
+            features[done:done + len(batch)] = frozen.features(torch.stack([pixels for _, pixels in batch]))
+            done += len(batch)
+            progress.update(len(batch))
+    parts = features.to(frozen.device).split([len(targets) for _, targets in splits.values()])
+    return {split: (part, targets.to(frozen.device)) for (split, (_, targets)), part in zip(splits.items(), parts)}
+
+
+# ---------------------------------------------------------------- the head
+
+def standardised_head(frozen: FrozenModel, features: torch.Tensor) -> torch.nn.Sequential:
+    """The trainable head behind a fixed layer that standardises features [N, D] by their mean and deviation over the train split.
+
+    Raw features differ in scale by orders of magnitude, and one learning rate cannot suit them all. Without a bias to take
+    the mean in (maxvit_t), only the scale is standardised. `fold_standardisation` undoes the layer after training.
+    """
+    layers = copy.deepcopy(frozen.head)  # the model's own classifier gets the folded weights, at the end
+    unflatten, linear, *behind = layers if isinstance(layers[0], torch.nn.Unflatten) else (torch.nn.Identity(), *layers)
+    channels = linear.weight.shape[1]
+    var, mean = torch.var_mean(features.view(len(features), channels, -1), dim=(0, 2))
+    layer = torch.nn.BatchNorm1d if isinstance(linear, torch.nn.Linear) else torch.nn.BatchNorm2d
+    standardise = layer(channels, affine=False, eps=0).to(features.device).eval()
+    standardise.running_var = var + 1e-4 * var.mean()  # a channel that hardly ever fires is not blown up
+    if linear.bias is not None:
+        standardise.running_mean = mean
+    return torch.nn.Sequential(unflatten, standardise, linear, *behind).requires_grad_(True)
+
+
+def fold_standardisation(head: torch.nn.Sequential, trained: dict, target: torch.nn.Module):
+    """Load `trained` into the head, then multiply the standardisation into the plain classifier `target`: the same function."""
+    head.load_state_dict(trained)
+    standardise, linear = head[1], head[2]
+    with torch.no_grad():
+        shape = (1, -1) + (1,) * (linear.weight.dim() - 2)
+        weight = linear.weight.double() / standardise.running_var.double().sqrt().view(shape)
+        target.weight.copy_(weight)
+        if linear.bias is not None:
+            target.bias.copy_(linear.bias.double() - weight.flatten(1) @ standardise.running_mean.double())
+
+
+def train_head(head: torch.nn.Module, data: dict, args, classes: list[str], state: dict | None) -> tuple[list[dict], dict]:
+    """Train with cross entropy and Adam; returns the history and the best epoch: highest val accuracy, then lowest val loss.
+
+    After each epoch every split is measured, OUT/history.csv and OUT/last.pt are rewritten. `state` is an earlier last.pt.
+    """
+    features, targets = data["train"]
+    steps = math.ceil(len(targets) / args.batch_size)
+    optimizer = torch.optim.Adam(head.parameters(), lr=args.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs * steps)
+    history, best = [], None
+    if state:
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        history, best = state["history"], state["best"]
+        log(f"resumed after epoch {len(history)}")
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        start = time.monotonic()
+        row = {"epoch": epoch, "lr": schedule.get_last_lr()[0]}
+        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(hash((args.seed, epoch)))).to(targets.device)
+        for rows in order.split(args.batch_size):
+            loss = torch.nn.functional.cross_entropy(head(features[rows]), targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        for split in SPLITS:
+            row[f"{split}_loss"], row[f"{split}_acc"] = measure(head, *data[split]) if split in data else (None, None)
+        row["seconds"] = round(time.monotonic() - start, 3)
+        history.append(row)
+        score = (row["val_acc"], -row["val_loss"]) if "val" in data else (epoch, 0)
+        if best is None or score > tuple(best["score"]):
+            best = {"epoch": epoch, "score": score, "head": {key: value.clone() for key, value in head.state_dict().items()}}
+        log(f"epoch {epoch}/{args.epochs}  " + "  ".join(
+            f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in data))
+        write_history(args.out / "history.csv", history)
+        save_last(args, classes, finished=False, head=head.state_dict(), optimizer=optimizer.state_dict(),
+                  schedule=schedule.state_dict(), history=history, best=best)
+    return history, best
+
+
+def measure(head: torch.nn.Module, features: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
+    """Mean cross entropy in nats and accuracy in 0..1 of the head on features [N, D]."""
+    loss = correct = 0.0
+    with torch.no_grad():
+        for rows, wanted in zip(features.split(4096), targets.split(4096)):
+            logits = head(rows)
+            loss += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
+            correct += (logits.argmax(1) == wanted).sum().item()
+    return loss / len(targets), correct / len(targets)
+
+
+def fit_temperature(head: torch.nn.Module, features: torch.Tensor, targets: torch.Tensor) -> float:
+    """The temperature that minimises the cross entropy of logits / temperature on val (Guo et al., ICML 2017)."""
+    with torch.no_grad():
+        logits = torch.cat([head(rows) for rows in features.split(4096)]).double().cpu()
+    log_temperature = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(logits / log_temperature.exp(), targets.cpu())
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    return log_temperature.detach().exp().clamp(0.05, 20).item()  # a val split without a mistake would ask for 0
+
+
+# ---------------------------------------------------------------- files
+
+def write_history(path: Path, history: list[dict]):
+    with replacing(path) as file:
+        writer = csv.DictWriter(file, HISTORY_FIELDS)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def save_last(args, classes: list[str], **state):
+    """Write OUT/last.pt: the state of a run under way, or that it has finished."""
+    with replacing(args.out / "last.pt", "wb") as file:
+        torch.save({"format": "training run", "version": CHECKPOINT_VERSION, "args": run_arguments(args, classes), **state}, file)
+
+
+def save_model(args, model, model_kwargs: dict, classes: list[str], preprocessing: dict, temperature: float, row: dict):
+    """Write OUT/model.pt, the finished model, with everything that evaluate.py and predict.py need."""
+    from PIL import __version__ as pillow_version
+    with replacing(args.out / "model.pt", "wb") as file:
+        torch.save({"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "arch": args.arch, "model_kwargs": model_kwargs,
+                    "classes": classes, "preprocessing": preprocessing, "temperature": temperature,
+                    "state_dict": {key: value.cpu() for key, value in model.state_dict().items()},
+                    "metrics": row, "args": run_arguments(args),
+                    "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
+                                 "torchvision": torchvision.__version__, "pillow": pillow_version}}, file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
