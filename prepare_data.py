@@ -345,7 +345,7 @@ def draw_synthetic(folder: Path, per_class: int, seed: int) -> list[tuple[PurePo
                 rng = random.Random(f"{seed}/{name}/{number}")
                 tile = Image.blend(paint(rng), noise(rng, 64, jitter(rng, (128, 128, 128), 60), (128, 128, 128)), rng.uniform(0.05, 0.3))
                 path = folder / f"{name}_{number}.png"
-                ImageOps.autocontrast(tile, cutoff=0).save(path) if rng.random() < 0.1 else tile.save(path)
+                tile.save(path)
                 files.append((PurePosixPath(name, path.name), path))
                 progress.update(1)
     return files
@@ -423,10 +423,11 @@ def paint_band(rng, water: bool):
 
     def band(draw, size):
         centre = size / 2 + rng.uniform(-12, 12)
-        line = [(x, centre + bend * math.sin(x / 18 + phase)) for x in range(-4, size + 5, 2)]
-        draw.line(line, (*colour, 255), width, joint="curve")
-        if not water and width > 4:
-            draw.line(line, (110, 112, 108, 255), 1)
+        for thickness, paint in ((width, colour), *([(1, (110, 112, 108))] if not water and width > 4 else [])):
+            for step in range(4 * size):
+                x = step / 4
+                y = centre + bend * math.sin(x / 18 + phase)
+                draw.ellipse((x - thickness / 2, y - thickness / 2, x + thickness / 2, y + thickness / 2), (*paint, 255))
     ground = grass(rng) if rng.random() < 0.6 else paint_fields(rng)
     return turned(rng, band, ground).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
 
