@@ -10,6 +10,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import hashlib
 import importlib
 import math
 import os
@@ -194,6 +195,15 @@ def replacing(path, mode: str = "w"):
         temporary.unlink(missing_ok=True)
 
 
+def file_hash(path, algorithm: str = "sha256") -> str:
+    """The hexadecimal digest of a file's content."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 # ---------------------------------------------------------------- images and trees
 
 def read_image(path) -> Image.Image:
@@ -352,37 +362,44 @@ class FrozenModel:
     """
 
     def __init__(self, model: torch.nn.Module, preprocessing: dict, outputs: int, device: torch.device, precision: str = "auto"):
-        keep_large_blocks()
-        self.device, self.dtype = device, pick_precision(precision, device)
+        self.device, self.dtype, self.preprocessing = device, pick_precision(precision, device), preprocessing
         self.batch_size = 16 if device.type == "cpu" else 128  # 16 images keep a CPU's cores busy and its caches warm
-        name, size = find_head(model, outputs), preprocessing["size"]
+        self.model, name = model, find_head(model, outputs)
         parent, head = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
         siblings = dict(parent.named_children()) if isinstance(parent, torch.nn.Sequential) else {}
         behind = list(siblings)[list(siblings).index(name.rpartition(".")[2]) + 1:] if siblings else []
-        backbone = copy.deepcopy(model).eval().requires_grad_(False)
-        for key in [name] + [f"{name.rpartition('.')[0]}.{key}" for key in behind]:
-            backbone.set_submodule(key, torch.nn.Identity())
-        backbone = fold_batchnorm(backbone)
-        try:
-            with torch.inference_mode():
-                width = backbone(torch.zeros(1, 3, size, size)).shape[1]
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise UserError(f"--image-size {size}: {type(model).__name__} cannot take images of {size} pixels "
-                            f"({one_line(error)[:120]})") from None
-        self.head = torch.nn.Sequential(head, *(siblings[key] for key in behind))
+        self.cut = [name] + [f"{name.rpartition('.')[0]}.{key}" for key in behind]
+        self.head, self.width = torch.nn.Sequential(head, *(siblings[key] for key in behind)), getattr(head, "in_features", None)
         if isinstance(head, torch.nn.Conv2d):  # its input is a map, which the model's forward has flattened
-            side = math.isqrt(width // head.in_channels)
+            size = preprocessing["size"]
+            self.width = self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
+            side = math.isqrt(self.width // head.in_channels)
             self.head = torch.nn.Sequential(torch.nn.Unflatten(1, (head.in_channels, side, side)), *self.head, torch.nn.Flatten())
         self.head.to(device).eval()
-        self.width = width
-        self.backbone = backbone.to(device, self.dtype, memory_format=torch.channels_last)
-        self.mean, self.std = (255 * torch.tensor(preprocessing[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+
+    @functools.cached_property
+    def backbone(self) -> torch.nn.Module:
+        """The model without its head, BatchNorm folded, in the device's layout. Made when first used: it takes a second."""
+        keep_large_blocks()
+        backbone = copy.deepcopy(self.model).eval().requires_grad_(False)
+        for name in self.cut:
+            backbone.set_submodule(name, torch.nn.Identity())
+        backbone = fold_batchnorm(backbone).to(self.device, self.dtype, memory_format=torch.channels_last)
+        size = self.preprocessing["size"]
+        try:
+            with torch.inference_mode():
+                backbone(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(f"--image-size {size}: {type(self.model).__name__} cannot take images of {size} pixels "
+                            f"({one_line(error)[:120]})") from None
+        return backbone
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [B, 3, S, S] on any device -> float32 features [B, D] on this model's device."""
         with torch.inference_mode():
             images = pixels.to(self.device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-            return self.backbone(images.sub_(self.mean).div_(self.std).to(self.dtype)).float()
+            mean, std = (255 * torch.tensor(self.preprocessing[key], device=self.device).view(3, 1, 1) for key in ("mean", "std"))
+            return self.backbone(images.sub_(mean).div_(std).to(self.dtype)).float()
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Features [B, D] -> logits [B, classes], float32."""

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from common import (SPLITS, ImageError, Progress, UserError, command, find_images, fraction, is_image_name, log, make_parser,
+from common import (SPLITS, ImageError, Progress, UserError, command, file_hash, find_images, fraction, is_image_name, log, make_parser,
                     one_line, positive_int, read_image, replacing)
 
 # The address and checksum that torchvision's datasets.EuroSAT uses.
@@ -126,11 +126,6 @@ def download_eurosat(archive: Path) -> Path:
             raise
         raise UserError(f"cannot download {EUROSAT_URL}: {one_line(error)}; {way_out}") from None
     return archive
-
-
-def file_hash(path, algorithm: str = "sha256") -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest() if sys.version_info >= (3, 11) else hashlib.new(algorithm, file.read()).hexdigest()
 
 
 def unpack(source: Path, folder: Path) -> tuple[list[tuple[PurePosixPath, Path]], int]:

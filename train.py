@@ -6,20 +6,33 @@ The best epoch is chosen on val, test is only ever reported. The last line on st
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
+import ctypes
 import difflib
+import hashlib
+import io
 import json
 import math
+import os
+import platform
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import PIL
+
 from common import (CHECKPOINT_FORMAT, CHECKPOINT_VERSION, SPLITS, FrozenModel, ImageError, Progress, UserError,
-                    add_hardware_options, build_model, class_folders, command, find_head, is_checkpoint, load_weights, log,
+                    add_hardware_options, build_model, class_folders, command, file_hash, find_head, is_checkpoint, load_weights, log,
                     make_parser, one_line, pick_device, positive_float, positive_int, read_batches, read_split, read_torch_file,
                     replacing, torch, torchvision)
 
+# Views of an image that a frozen run may train on: (quarter turns, mirrored). The eight of "dihedral" are the symmetries of a square.
+VIEWS = {"none": [(0, False)], "flip": [(0, False), (0, True)],
+         "dihedral": [(turns, mirrored) for mirrored in (False, True) for turns in range(4)]}
+MEMORY_SHARE = 1 / 3  # of the machine's memory that features may take before they are mapped from disk
 HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")), "seconds"]
 
 
@@ -42,13 +55,24 @@ def parse_args(argv):
     group.add_argument("--epochs", type=positive_int, default=5, help="passes over the training features")
     group.add_argument("--batch-size", type=positive_int, default=64, help="images per step of the optimizer")
     group.add_argument("--lr", type=positive_float, default=1e-3, help="Adam's learning rate at the start; it falls to 0 along a cosine")
-    group.add_argument("--seed", type=int, default=0, help="of the new classifier and the order of images")
+    group.add_argument("--augment", choices=VIEWS, default="none", help="views of each training image, one drawn at random per epoch: flip adds the "
+                       "mirror image (photographs), dihedral all eight flips and quarter turns (images from above)")
+    group.add_argument("--seed", type=int, default=0, help="of the new classifier, the order of images and the views drawn")
+    group = parser.add_argument_group("features remembered across runs")
+    group.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR", help="features are kept here by the content of image and "
+                       "network, so that a further run computes only what is new")
+    group.add_argument("--no-cache", action="store_true", help="neither read nor write remembered features")
+    group.add_argument("--cache-limit", type=positive_float, default=20, metavar="GB", help="features unused for longest are removed beyond this size")
     add_hardware_options(parser)
     args = parser.parse_args(argv)
     if args.resume and args.restart:
         parser.error("--resume and --restart exclude each other")
     args.out = args.out or Path("runs") / args.data.resolve().name
     return args
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transfer-learning" / "features"
 
 
 @command
@@ -62,7 +86,7 @@ def main(argv=None):
     unfinished = open_run(args, classes)
     model, preprocessing, model_kwargs = load_pretrained(args.arch, args.weights, args.image_size, len(classes), args.seed)
     frozen = FrozenModel(model, preprocessing, len(classes), device, args.precision)
-    data = extract_features(frozen, splits, preprocessing, args.workers)
+    data = extract_features(frozen, splits, feature_key(model, model_kwargs, frozen, args.arch), args)
     head = standardised_head(frozen, data["train"][0])
     history, best = train_head(head, data, args, classes, unfinished)
     fold_standardisation(head, best["head"], model.get_submodule(find_head(model, len(classes))))
@@ -122,7 +146,7 @@ def open_run(args, classes: list[str]) -> dict | None:
 def run_arguments(args, classes: list[str] | None = None) -> dict:
     """The arguments that shape the result, as plain values."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-              if key not in ("resume", "restart", "list_archs", "out", "workers")}
+              if key not in ("resume", "restart", "list_archs", "out", "workers", "cache", "no_cache", "cache_limit")}
     return values | ({"classes": classes} if classes else {})
 
 
@@ -229,30 +253,194 @@ def replace_head(model: torch.nn.Module, outputs: int, classes: int, seed: int =
     model.set_submodule(name, new)
 
 
-# ---------------------------------------------------------------- features, once per image
+# ---------------------------------------------------------------- features, once per image and view
 
-def extract_features(frozen: FrozenModel, splits: dict, preprocessing: dict, workers: int | None) -> dict:
-    """Run the frozen backbone over every image once: {split: (features [N, D] float32, targets [N])} on its device.
+def extract_features(frozen: FrozenModel, splits: dict, key: dict, args) -> dict:
+    """The frozen backbone's features of every image: {split: (features [views, N, D], targets [N])}, on its device where they fit.
 
-    Raises UserError naming the first image that cannot be read.
+    The train split has a row for each view of --augment, the others one for the image as it is. What the cache knows is
+    read, the rest goes through the backbone, once. Raises ImageError at the first image that cannot be read.
     """
-    paths = [path for split_paths, _ in splits.values() for path in split_paths]
-    features, done = torch.empty(len(paths), frozen.width), 0
-    with Progress("features", len(paths)) as progress:
-        for batch in read_batches(paths, preprocessing, frozen.batch_size, workers):
-            if bad := [pixels for _, pixels in batch if isinstance(pixels, ImageError)]:
-                raise bad[0]
-            features[done:done + len(batch)] = frozen.features(torch.stack([pixels for _, pixels in batch]))
-            done += len(batch)
-            progress.update(len(batch))
-    parts = features.to(frozen.device).split([len(targets) for _, targets in splits.values()])
-    return {split: (part, targets.to(frozen.device)) for (split, (_, targets)), part in zip(splits.items(), parts)}
+    data, todo, stores = {}, [], {}
+    for split, (paths, targets) in splits.items():
+        views = VIEWS[args.augment if split == "train" else "none"]
+        data[split] = allocate((len(views), len(paths), frozen.width), frozen.dtype, args.out), targets
+        hashes = [""] * len(paths) if args.no_cache else hash_files(paths, args.workers)
+        missing = {}  # row -> the (number, view) pairs that have to be computed
+        for number, view in enumerate(views):
+            if view not in stores:
+                stores[view] = FeatureStore(None if args.no_cache else args.cache, {**key, "view": view})
+            for row in stores[view].fill(hashes, data[split][0][number]):
+                missing.setdefault(row, []).append((number, view))
+        todo += [(split, row, hashes[row], missing[row]) for row in sorted(missing)]
+    count = sum(len(numbered) for *_, numbered in todo)
+    if known := sum(len(features) * len(targets) for features, targets in data.values()) - count:
+        log(f"features: {known} remembered in {args.cache}, {count} to compute")
+    waiting = iter(todo)
+    try:
+        with Progress("features", count) as progress:
+            for batch in read_batches((splits[split][0][row] for split, row, *_ in todo), frozen.preprocessing, frozen.batch_size, args.workers):
+                compute_batch(frozen, [(pixels, *next(waiting)) for _, pixels in batch], data, stores, progress)
+    finally:  # a pass that is stopped goes on from here
+        for store in stores.values():
+            store.flush()
+    if not args.no_cache:
+        prune_cache(args.cache, args.cache_limit * 1e9)
+    return {split: place(features, targets, frozen.device) for split, (features, targets) in data.items()}
+
+
+def feature_key(model: torch.nn.Module, model_kwargs: dict, frozen: FrozenModel, arch: str) -> dict:
+    """All that features depend on, but for the image and its view."""
+    return {"version": 1, "arch": arch, "weights": hash_weights(model, find_head(model, model_kwargs["num_classes"])),
+            "model": {key: value for key, value in model_kwargs.items() if key != "num_classes"}, "preprocessing": frozen.preprocessing,
+            "precision": str(frozen.dtype), "device": frozen.device.type, "machine": platform.machine(), "libraries": library_versions()}
+
+
+def compute_batch(frozen: FrozenModel, batch: list, data: dict, stores: dict, progress: Progress):
+    """Run a batch of (pixels, split, row, hash, [(number, view)]) through the backbone, view by view, into `data` and `stores`."""
+    if bad := [pixels for pixels, *_ in batch if isinstance(pixels, ImageError)]:
+        raise bad[0]
+    for (turns, mirrored), store in stores.items():
+        chosen = [(*item, number) for *item, numbered in batch for number, view in numbered if view == (turns, mirrored)]
+        if chosen:
+            pixels = torch.stack([pixels for pixels, *_ in chosen])
+            features = frozen.features(torch.rot90(pixels.flip(-1) if mirrored else pixels, turns, (-2, -1))).to("cpu", frozen.dtype)
+            for feature, (_, split, row, _, number) in zip(features, chosen):
+                data[split][0][number, row] = feature
+            store.add([sha256 for _, _, _, sha256, _ in chosen], features)
+            progress.update(len(chosen))
+
+
+def hash_files(paths: list[str], workers: int | None) -> list[str]:
+    """The SHA-256 of each file. Raises ImageError for one that cannot be read."""
+    def digest(path):
+        try:
+            return file_hash(path)
+        except OSError as error:
+            raise ImageError(path, error.strerror) from None
+    with ThreadPoolExecutor(workers or min(2 * (os.cpu_count() or 1), 16)) as executor:
+        return list(executor.map(digest, paths))
+
+
+def hash_weights(model: torch.nn.Module, without: str) -> str:
+    """The SHA-256 of a model's weights and buffers, those of the module `without` left out."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(without + "."):
+            tensor = tensor.contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+    return digest.hexdigest()
+
+
+def allocate(shape: tuple, dtype: torch.dtype, folder: Path) -> torch.Tensor:
+    """A tensor for features: in memory, or, where it would take more than a third of the machine's, mapped from a nameless file."""
+    size = math.prod(shape)
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows
+        memory = 8 << 30
+    if size * dtype.itemsize <= memory * MEMORY_SHARE:
+        return torch.empty(shape, dtype=dtype)
+    file = folder / f".features.{os.getpid()}.tmp"
+    log(f"features of {size * dtype.itemsize / 1e9:.1f} GB are mapped from disk, in {folder}")
+    try:
+        return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()  # the mapping stays until the tensor is gone
+
+
+def place(features: torch.Tensor, targets: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and targets on the device, or in the machine's memory where a GPU has no room for them beside the training."""
+    if device.type == "cuda" and features.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return features, targets
+    return features.to(device), targets.to(device)
+
+
+class FeatureStore:
+    """Features on disk, by content: a folder for all that they depend on but the image, in it rows under the image file's SHA-256.
+
+    A file of rows is named by the SHA-256 of its own bytes and never changes, so a damaged one shows, and runs side by side
+    cannot harm each other. What cannot be read is computed again, what cannot be written costs a warning.
+    """
+
+    def __init__(self, cache: Path | None, key: dict):
+        self.folder = cache and cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        self.hashes, self.rows, self.flushed = [], [], time.monotonic()
+
+    def fill(self, hashes: list[str], out: torch.Tensor) -> list[int]:
+        """Write the rows that are known into out [N, D]; returns the numbers of the rows that are not."""
+        wanted = {}
+        for row, sha256 in enumerate(hashes):
+            wanted.setdefault(sha256, []).append(row)
+        for file in sorted(self.folder.glob("*.pt")) if self.folder else ():
+            if content := self.read(file, out.shape[1]):
+                found = [(at, row) for at, sha256 in enumerate(content["hashes"]) for row in wanted.pop(sha256, ())]
+                if found:
+                    at, rows = torch.tensor(found).unbind(1)
+                    out[rows] = content["features"][at]
+        return sorted(row for rows in wanted.values() for row in rows)
+
+    def read(self, file: Path, width: int) -> dict | None:
+        """A file's rows, mapped from disk; None, with a warning, if it is not as it was written."""
+        try:
+            if file_hash(file) == file.stem:
+                os.utime(file)  # prune_cache removes what was unused for longest
+                content = torch.load(file, mmap=True, weights_only=True)
+                if content["features"].shape == (len(content["hashes"]), width):
+                    return content
+            elif len(file.stem) == 64:
+                file.unlink()
+            log(f"warning: ignored {file}: damaged, or not written by this program")
+        except FileNotFoundError:  # removed by another run
+            pass
+        except Exception as error:
+            log(f"warning: ignored {file}: {one_line(error)}")
+        return None
+
+    def add(self, hashes: list[str], rows: torch.Tensor):
+        """Remember rows [N, D]; they reach the disk every 64 MB, every five minutes, and with `flush`."""
+        if self.folder:
+            self.hashes += hashes
+            self.rows.append(rows)
+            if len(self.hashes) * rows[0].nbytes > 64e6 or time.monotonic() - self.flushed > 300:
+                self.flush()
+
+    def flush(self):
+        """Write what waits as one file. A disk that is full or read-only costs a warning, and the rest is not written."""
+        if self.hashes and self.folder:
+            buffer = io.BytesIO()
+            torch.save({"hashes": self.hashes, "features": torch.cat(self.rows)}, buffer)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with replacing(self.folder / f"{hashlib.sha256(buffer.getbuffer()).hexdigest()}.pt", "wb") as file:
+                    file.write(buffer.getbuffer())
+            except OSError as error:
+                log(f"warning: features are not remembered: {self.folder}: {error.strerror}")
+                self.folder = None
+        self.hashes, self.rows, self.flushed = [], [], time.monotonic()
+
+
+def prune_cache(cache: Path, limit: float):
+    """Remove the files that were unused for longest until the cache holds at most `limit` bytes; tell its size."""
+    with contextlib.suppress(OSError):  # another run may prune at the same time
+        for leftover in cache.glob("*/.*.tmp"):
+            if time.time() - leftover.stat().st_mtime > 86400:
+                leftover.unlink()
+        files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in cache.glob("*/*.pt"))
+        total = sum(size for _, size, _ in files)
+        for _, size, file in files:
+            if total > limit:
+                file.unlink()
+                total -= size
+        log(f"features remembered in {cache}: {total / 1e9:.2f} GB of at most {limit / 1e9:g}")
 
 
 # ---------------------------------------------------------------- the head
 
 def standardised_head(frozen: FrozenModel, features: torch.Tensor) -> torch.nn.Sequential:
-    """The trainable head behind a fixed layer that standardises features [N, D] by their mean and deviation over the train split.
+    """The trainable head behind a fixed layer that standardises features [views, N, D] by their mean and deviation over the train split.
 
     Raw features differ in scale by orders of magnitude, and one learning rate cannot suit them all. Without a bias to take
     the mean in (maxvit_t), only the scale is standardised. `fold_standardisation` undoes the layer after training.
@@ -260,13 +448,19 @@ def standardised_head(frozen: FrozenModel, features: torch.Tensor) -> torch.nn.S
     layers = copy.deepcopy(frozen.head)  # the model's own classifier gets the folded weights, at the end
     unflatten, linear, *behind = layers if isinstance(layers[0], torch.nn.Unflatten) else (torch.nn.Identity(), *layers)
     channels = linear.weight.shape[1]
-    var, mean = torch.var_mean(features.view(len(features), channels, -1), dim=(0, 2))
+    mean, square = torch.zeros(2, channels, dtype=torch.float64)
+    for rows in features.flatten(0, 1).split(4096):
+        rows = rows.to(torch.float64).view(len(rows), channels, -1).cpu()
+        mean += rows.sum((0, 2))
+        square += rows.square().sum((0, 2))
+    count = features.numel() / channels
+    mean, var = mean / count, (square / count - (mean / count).square()).clamp(min=0)
     layer = torch.nn.BatchNorm1d if isinstance(linear, torch.nn.Linear) else torch.nn.BatchNorm2d
-    standardise = layer(channels, affine=False, eps=0).to(features.device).eval()
-    standardise.running_var = var + 1e-4 * var.mean()  # a channel that hardly ever fires is not blown up
+    standardise = layer(channels, affine=False, eps=0).eval()
+    standardise.running_var = (var + 1e-4 * var.mean()).float()  # a channel that hardly ever fires is not blown up
     if linear.bias is not None:
-        standardise.running_mean = mean
-    return torch.nn.Sequential(unflatten, standardise, linear, *behind).requires_grad_(True)
+        standardise.running_mean = mean.float()
+    return torch.nn.Sequential(unflatten, standardise, linear, *behind).to(frozen.device).requires_grad_(True)
 
 
 def fold_standardisation(head: torch.nn.Sequential, trained: dict, target: torch.nn.Module):
@@ -286,7 +480,7 @@ def train_head(head: torch.nn.Module, data: dict, args, classes: list[str], stat
 
     After each epoch every split is measured, OUT/history.csv and OUT/last.pt are rewritten. `state` is an earlier last.pt.
     """
-    features, targets = data["train"]
+    (features, targets), device = data["train"], next(head.parameters()).device
     steps = math.ceil(len(targets) / args.batch_size)
     optimizer = torch.optim.Adam(head.parameters(), lr=args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs * steps)
@@ -300,9 +494,12 @@ def train_head(head: torch.nn.Module, data: dict, args, classes: list[str], stat
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.monotonic()
         row = {"epoch": epoch, "lr": schedule.get_last_lr()[0]}
-        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(hash((args.seed, epoch)))).to(targets.device)
+        generator = torch.Generator().manual_seed(hash((args.seed, epoch)))  # so that an epoch does not depend on those before it
+        order = torch.randperm(len(targets), generator=generator).to(targets.device)
+        views = torch.randint(len(features), targets.shape, generator=generator).to(targets.device)
         for rows in order.split(args.batch_size):
-            loss = torch.nn.functional.cross_entropy(head(features[rows]), targets[rows])
+            logits = head(features[views[rows], rows].to(device, torch.float32))
+            loss = torch.nn.functional.cross_entropy(logits, targets[rows].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -323,20 +520,24 @@ def train_head(head: torch.nn.Module, data: dict, args, classes: list[str], stat
 
 
 def measure(head: torch.nn.Module, features: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
-    """Mean cross entropy in nats and accuracy in 0..1 of the head on features [N, D]."""
+    """Mean cross entropy in nats and accuracy in 0..1 of the head on features [views, N, D], of which it takes the first view."""
     loss = correct = 0.0
-    with torch.no_grad():
-        for rows, wanted in zip(features.split(4096), targets.split(4096)):
-            logits = head(rows)
-            loss += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
-            correct += (logits.argmax(1) == wanted).sum().item()
+    for logits, wanted in zip(head_logits(head, features), targets.to(next(head.parameters()).device).split(4096)):
+        loss += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
+        correct += (logits.argmax(1) == wanted).sum().item()
     return loss / len(targets), correct / len(targets)
+
+
+def head_logits(head: torch.nn.Module, features: torch.Tensor):
+    """Yield the head's logits [4096, classes] for the first view of features [views, N, D], without gradients."""
+    with torch.no_grad():
+        for rows in features[0].split(4096):
+            yield head(rows.to(next(head.parameters()).device, torch.float32))
 
 
 def fit_temperature(head: torch.nn.Module, features: torch.Tensor, targets: torch.Tensor) -> float:
     """The temperature that minimises the cross entropy of logits / temperature on val (Guo et al., ICML 2017)."""
-    with torch.no_grad():
-        logits = torch.cat([head(rows) for rows in features.split(4096)]).double().cpu()
+    logits = torch.cat(list(head_logits(head, features))).double().cpu()
     log_temperature = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -366,14 +567,16 @@ def save_last(args, classes: list[str], **state):
 
 def save_model(args, model, model_kwargs: dict, classes: list[str], preprocessing: dict, temperature: float, row: dict):
     """Write OUT/model.pt, the finished model, with everything that evaluate.py and predict.py need."""
-    from PIL import __version__ as pillow_version
     with replacing(args.out / "model.pt", "wb") as file:
         torch.save({"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "arch": args.arch, "model_kwargs": model_kwargs,
                     "classes": classes, "preprocessing": preprocessing, "temperature": temperature,
                     "state_dict": {key: value.cpu() for key, value in model.state_dict().items()},
                     "metrics": row, "args": run_arguments(args),
-                    "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
-                                 "torchvision": torchvision.__version__, "pillow": pillow_version}}, file)
+                    "versions": {"python": platform.python_version(), **library_versions()}}, file)
+
+
+def library_versions() -> dict[str, str]:
+    return {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__), "pillow": PIL.__version__}
 
 
 if __name__ == "__main__":
