@@ -1,4 +1,4 @@
-"""What the four scripts must agree on: errors and exit codes, reading images and trees, preprocessing, the model, the checkpoint.
+"""What the four scripts must agree on: errors and exit codes, images and trees, preprocessing, the model, the checkpoint.
 
 A function that only one script needs lives in that script. Nothing here imports torch before it is used.
 """
@@ -15,27 +15,29 @@ import importlib
 import math
 import os
 import signal
+import struct
 import sys
 import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
-EXIT_USAGE, EXIT_SOME_UNREADABLE, EXIT_BELOW_BAR, EXIT_SIGINT, EXIT_SIGTERM = 2, 3, 4, 130, 143
+EXIT_USAGE, EXIT_SOME_UNREADABLE, EXIT_BELOW_BAR, EXIT_LOCKED, EXIT_SIGINT, EXIT_SIGTERM = 2, 3, 4, 75, 130, 143
 EXIT_CODES = """exit codes:
   0 done    1 a bug of ours (please report it)    2 wrong usage or input: one line says what
   3 finished, but some images could not be read (predict.py)    4 below --fail-under (evaluate.py)
-  130, 143 ended by SIGINT, SIGTERM"""
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
+  75 another run holds the folder    130, 143 ended by SIGINT, SIGTERM"""
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder
 SPLITS = ("train", "val", "test")
-CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "image classifier", 1
+CHECKPOINT_FORMAT, RUN_FORMAT, FORMAT_VERSION = "image classifier", "training run", 1
 
 
 class LazyModule:
-    """A module that is imported when it is first used: torch takes seconds, which --help and a usage error need not wait for."""
+    """A module that is imported when it is first used: torch takes seconds, and --help should not wait for them."""
 
     def __init__(self, name: str):
         self._name = name
@@ -52,7 +54,8 @@ functional = LazyModule("torchvision.transforms.v2.functional")
 # ---------------------------------------------------------------- commands, errors, progress
 
 class UserError(Exception):
-    """A wrong input: its message, one line, names the thing and the way out. The command ends with exit code 2."""
+    """A wrong input: its message, one line, names the thing and the way out. The command ends with this exit code."""
+    exit_code = EXIT_USAGE
 
 
 class ImageError(UserError):
@@ -61,6 +64,11 @@ class ImageError(UserError):
     def __init__(self, path, reason: str):
         self.path, self.reason = str(path), one_line(reason)
         super().__init__(f"cannot read image {self.path}: {self.reason}")
+
+
+class Locked(UserError):
+    """Another run holds the folder."""
+    exit_code = EXIT_LOCKED
 
 
 def one_line(text) -> str:
@@ -76,17 +84,16 @@ def command(main):
         try:
             return main(argv) or 0
         except UserError as error:
-            message = one_line(error)
+            message, code = one_line(error), error.exit_code
         except BrokenPipeError:  # the reader of stdout has seen enough, as in `predict.py ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return EXIT_SIGINT
+            message, code = "interrupted", EXIT_SIGINT
         except OSError as error:  # a full disk, a folder that cannot be written: not ours to mend, but to name
-            message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"{Path(sys.modules[main.__module__].__file__).name}: error: {message}", file=sys.stderr)
-        return EXIT_USAGE
+            message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_USAGE
+        log(f"{Path(sys.modules[main.__module__].__file__).name}: error: {message}", stamp=False)
+        return code
     return run
 
 
@@ -94,9 +101,10 @@ def make_parser(script: str, doc: str, example: str) -> argparse.ArgumentParser:
     """An argument parser whose help opens with the script's docstring and ends with an example and the exit codes."""
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):  # no '(default: None)', no '(default: False)'
-            return action.help if action.default is None or action.default is False or action.default == [] else super()._get_help_string(action)
-    return argparse.ArgumentParser(prog=script, description=doc, epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
-                                   formatter_class=Formatter, allow_abbrev=False)
+            told = action.default is not None and action.default is not False and action.default != []
+            return super()._get_help_string(action) if told else action.help
+    return argparse.ArgumentParser(prog=script, description=doc, formatter_class=Formatter, allow_abbrev=False,
+                                   epilog=f"example:\n  {example}\n\n{EXIT_CODES}")
 
 
 def add_hardware_options(parser: argparse.ArgumentParser):
@@ -105,7 +113,8 @@ def add_hardware_options(parser: argparse.ArgumentParser):
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: CUDA, else MPS, else CPU)")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                        help="of the backbone; auto is bf16 where the processor computes in it natively, else fp32")
-    group.add_argument("--workers", type=positive_int, help="threads that read images (default: 2 per core, at most 16)")
+    group.add_argument("--workers", type=positive_int, metavar="N",
+                       help="threads that read images (default: 2 per core, at most 16)")
 
 
 def positive_int(text: str) -> int:
@@ -129,14 +138,25 @@ def fraction(text: str) -> float:
     return value
 
 
-for _type, _name in ((positive_int, "whole number"), (positive_float, "number"), (fraction, "fraction")):
+def seed_number(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
+    return value
+
+
+for _type, _name in ((positive_int, "whole number"), (positive_float, "number"), (fraction, "fraction"),
+                     (seed_number, "whole number")):
     _type.__name__ = _name  # argparse says "invalid whole number value: 'x'"
 
 
-def log(message: str):
+def log(message: str, stamp: bool = True, end: str = "\n"):
     """Tell people, on stderr; with the time of day where stderr is a file or a pipe, such as cron's mail."""
-    stamp = "" if sys.stderr.isatty() else time.strftime("%Y-%m-%d %H:%M:%S ")
-    print(f"{stamp}{message}", file=sys.stderr, flush=True)
+    prefix = time.strftime("%Y-%m-%d %H:%M:%S ") if stamp and not sys.stderr.isatty() else ""
+    try:
+        print(f"{prefix}{message}", end=end, file=sys.stderr, flush=True)
+    except BrokenPipeError:  # nobody listens any more, but the work goes on
+        sys.stderr = open(os.devnull, "w")
 
 
 class Progress:
@@ -161,11 +181,11 @@ class Progress:
             text = f"{self.label} {self.done} {self.unit}, {rate:.0f} {self.unit}/s"
         else:
             left = (self.total - self.done) / max(rate, 1e-9)
-            text = (f"{self.label} {self.done}/{self.total} {self.unit}, {rate:.{0 if rate >= 100 else 1}f} {self.unit}/s, "
-                    f"{int(left) // 60}:{int(left) % 60:02d} left")
+            text = (f"{self.label} {self.done}/{self.total} {self.unit}, {rate:.{0 if rate >= 100 else 1}f} "
+                    f"{self.unit}/s, {int(left) // 60}:{int(left) % 60:02d} left")
         if self.bar:
             full = 20 * self.done // max(self.total or 1, 1) if self.total else 0
-            print(f"\r\x1b[K[{'#' * full}{'.' * (20 - full)}] {text}", end="", file=sys.stderr, flush=True)
+            log(f"\r\x1b[K[{'#' * full}{'.' * (20 - full)}] {text}", end="")
         else:
             log(text)
 
@@ -174,7 +194,7 @@ class Progress:
 
     def __exit__(self, kind, *_):
         if self.bar:
-            print("\r\x1b[K", end="", file=sys.stderr)
+            log("\r\x1b[K", end="")
         seconds = time.monotonic() - self.start
         if kind is None and seconds > 1:
             log(f"{self.label}: {self.done} {self.unit} in {seconds:.1f} s, {self.done / seconds:.0f} {self.unit}/s")
@@ -186,13 +206,41 @@ def replacing(path, mode: str = "w"):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"newline": "", "encoding": "utf-8"})) as file:
+        text = {} if "b" in mode else {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Hold the lock of a folder, a file beside it that the kernel frees when this process ends; raises Locked if it is held."""
+    path = folder.resolve().with_name(f".{folder.resolve().name}.lock")
+    while True:
+        file = open(path, "w")
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+            file.close()  # its last holder removed it just now
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise Locked(f"another run holds {folder}; wait for it to end") from None
+    try:
+        yield
+    finally:
+        if os.name != "nt":  # Windows removes no open file
+            path.unlink(missing_ok=True)
+        file.close()
 
 
 def file_hash(path, algorithm: str = "sha256") -> str:
@@ -216,8 +264,10 @@ def read_image(path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+            with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse good pixels
+                image = ImageOps.exif_transpose(image)
+            if deep:
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             elif image.mode in ("I", "F"):
                 low, high = image.getextrema()
@@ -228,8 +278,8 @@ def read_image(path) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, EOFError, MemoryError,
-            RuntimeError, NotImplementedError, Image.DecompressionBombError) as error:  # what decoders raise on broken files
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, MemoryError, RuntimeError,
+            struct.error, zlib.error, Image.DecompressionBombError) as error:  # what decoders raise on broken files
         reason = str(error).replace(repr(str(path)), "").replace(str(path), "").strip() or type(error).__name__
         raise ImageError(path, reason) from None
 
@@ -239,16 +289,23 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
-def find_images(folder) -> list[str]:
-    """All images below a folder, sorted; hidden files and folders are passed over, links are followed once."""
-    found, seen = [], set()
+def walk(folder):
+    """Yield (path of a folder, names of its files) for a folder and all below it, sorted, hidden ones left out.
+
+    Links are followed, once.
+    """
+    seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
-            found += [os.path.join(root, name) for name in sorted(files) if is_image_name(name)]
+            yield root, sorted(files)
         seen.add(real)
-    return found
+
+
+def find_images(folder):
+    """Yield the paths of all images below a folder, in the order of `walk`."""
+    return (os.path.join(root, name) for root, files in walk(folder) for name in files if is_image_name(name))
 
 
 def class_folders(folder) -> list[str]:
@@ -273,7 +330,7 @@ def read_split(folder, classes: list[str] | None = None) -> tuple[list[str], lis
         raise UserError(f"{folder} has a class that the {len(names)} known classes lack: {', '.join(unknown[:5])}")
     paths, targets = [], []
     for name in found:
-        images = find_images(folder / name)
+        images = list(find_images(folder / name))
         if not images:
             raise UserError(f"class folder without images: {folder / name}; remove it, or put images into it")
         paths += images
@@ -293,9 +350,9 @@ def preprocess(image: Image.Image, size: int, interpolation: str) -> torch.Tenso
 def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | None = None):
     """Read images in threads, ahead of the consumer: yields lists of up to batch_size (path, uint8 [3, S, S] or ImageError).
 
-    Threads suffice, since Pillow and torch release the interpreter while they decode and resize; and unlike loader processes
-    they start at once, need no shared memory and cannot die alone. The order of `paths`, which may be any iterable, is
-    kept, and only about three batches are in memory at a time.
+    Threads suffice, since Pillow and torch release the interpreter while they decode and resize; and unlike loader
+    processes they start at once, need no shared memory and cannot die alone. The order of `paths`, which may be any
+    iterable, is kept, and only about three batches are in memory at a time.
     """
     def read(path):
         try:
@@ -346,22 +403,22 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def find_head(model: torch.nn.Module, outputs: int) -> str:
-    """The name of the classifier: the last Linear or 1x1 convolution with `outputs` outputs. Everything before is backbone."""
+    """The name of the classifier: the last Linear or 1x1 convolution with `outputs` outputs. All before is backbone."""
     for name, module in reversed(list(model.named_modules())):
-        if (isinstance(module, torch.nn.Linear) and module.out_features == outputs
-                or isinstance(module, torch.nn.Conv2d) and module.out_channels == outputs and module.kernel_size == (1, 1)):
+        linear = isinstance(module, torch.nn.Linear) and module.out_features == outputs
+        if linear or isinstance(module, torch.nn.Conv2d) and (module.out_channels, module.kernel_size) == (outputs, (1, 1)):
             return name
-    raise UserError(f"{type(model).__name__} has no Linear layer or 1x1 convolution with {outputs} outputs to serve as classifier")
+    raise UserError(f"{type(model).__name__} has no linear layer or 1x1 convolution with {outputs} outputs as classifier")
 
 
 class FrozenModel:
     """A model as all scripts run it: in eval mode, cut at its head, in the layout and precision that the device likes.
 
-    The model given is not changed. `features` runs everything before the head, `logits` the head and what stands behind it
-    (squeezenet's ReLU and pooling), in float32. Raises UserError where the model cannot take images of this size.
+    `features` runs everything before the head, `logits` the head and what stands behind it (squeezenet's ReLU and pooling),
+    in float32. The model given is not changed, but its head is moved to the device.
     """
 
-    def __init__(self, model: torch.nn.Module, preprocessing: dict, outputs: int, device: torch.device, precision: str = "auto"):
+    def __init__(self, model: torch.nn.Module, preprocessing: dict, outputs: int, device: torch.device, precision: str):
         self.device, self.dtype, self.preprocessing = device, pick_precision(precision, device), preprocessing
         self.batch_size = 16 if device.type == "cpu" else 128  # 16 images keep a CPU's cores busy and its caches warm
         self.model, name = model, find_head(model, outputs)
@@ -369,17 +426,22 @@ class FrozenModel:
         siblings = dict(parent.named_children()) if isinstance(parent, torch.nn.Sequential) else {}
         behind = list(siblings)[list(siblings).index(name.rpartition(".")[2]) + 1:] if siblings else []
         self.cut = [name] + [f"{name.rpartition('.')[0]}.{key}" for key in behind]
-        self.head, self.width = torch.nn.Sequential(head, *(siblings[key] for key in behind)), getattr(head, "in_features", None)
+        self.head = torch.nn.Sequential(head, *(siblings[key] for key in behind))
+        self.width = getattr(head, "in_features", None)
         if isinstance(head, torch.nn.Conv2d):  # its input is a map, which the model's forward has flattened
             size = preprocessing["size"]
             self.width = self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
             side = math.isqrt(self.width // head.in_channels)
-            self.head = torch.nn.Sequential(torch.nn.Unflatten(1, (head.in_channels, side, side)), *self.head, torch.nn.Flatten())
+            unflatten = torch.nn.Unflatten(1, (head.in_channels, side, side))
+            self.head = torch.nn.Sequential(unflatten, *self.head, torch.nn.Flatten())
         self.head.to(device).eval()
 
     @functools.cached_property
     def backbone(self) -> torch.nn.Module:
-        """The model without its head, BatchNorm folded, in the device's layout. Made when first used: it takes a second."""
+        """The model without its head, BatchNorm folded, in the device's layout. It is made when first used.
+
+        Raises UserError where the model cannot take images of this size.
+        """
         keep_large_blocks()
         backbone = copy.deepcopy(self.model).eval().requires_grad_(False)
         for name in self.cut:
@@ -398,8 +460,8 @@ class FrozenModel:
         """uint8 pixels [B, 3, S, S] on any device -> float32 features [B, D] on this model's device."""
         with torch.inference_mode():
             images = pixels.to(self.device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-            mean, std = (255 * torch.tensor(self.preprocessing[key], device=self.device).view(3, 1, 1) for key in ("mean", "std"))
-            return self.backbone(images.sub_(mean).div_(std).to(self.dtype)).float()
+            mean, std = (torch.tensor(self.preprocessing[key], device=self.device).view(3, 1, 1) for key in ("mean", "std"))
+            return self.backbone(images.sub_(255 * mean).div_(255 * std).to(self.dtype)).float()
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Features [B, D] -> logits [B, classes], float32."""
@@ -426,7 +488,7 @@ def keep_large_blocks():
 # ---------------------------------------------------------------- the checkpoint
 
 def read_torch_file(path) -> dict:
-    """torch.load with weights_only=True, which runs no code from the file. Raises UserError for all that is no dict of tensors."""
+    """torch.load with weights_only=True, which runs no code from the file; a UserError for all that is no dict with names."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -435,10 +497,10 @@ def read_torch_file(path) -> dict:
         raise UserError(f"{path} is a folder; give a .pt file") from None
     except Exception as error:  # pickle, zip and torch raise a dozen kinds on a damaged file
         if "unsupported global" in str(error).lower() or "unsupported class" in str(error).lower():
-            raise UserError(f"refused to load {path}: it holds more than tensors and plain values, and could run code") from None
+            raise UserError(f"refused to load {path}: it holds more than plain values, and could run code") from None
         raise UserError(f"{path} is damaged, or is no PyTorch file") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path} holds no dict of tensors by name, but a {type(content).__name__}")
     return content
 
 
@@ -450,33 +512,44 @@ def read_checkpoint(path) -> tuple[dict, torch.nn.Module]:
     """Read a checkpoint that train.py wrote: (its dict, the model with its weights, in eval mode on the CPU)."""
     content = read_torch_file(path)
     if not is_checkpoint(content):
-        what = "a plain state dict; train.py takes it as --weights" if "state_dict" not in content else "from another program"
+        what = ("the state of a run; give the model.pt beside it" if content.get("format") == RUN_FORMAT
+                else "a plain state dict, which train.py takes as --weights" if all(map(torch.is_tensor, content.values()))
+                else "a file of another program")
         raise UserError(f"{path} is no checkpoint of train.py, but {what}")
-    if content["version"] > CHECKPOINT_VERSION:
-        raise UserError(f"{path} has checkpoint version {content['version']}; this program reads up to {CHECKPOINT_VERSION}, so update it")
+    expected = {"version": int, "arch": str, "model_kwargs": dict, "classes": list, "preprocessing": dict,
+                "state_dict": dict, "temperature": float, "metrics": dict}
+    if wrong := [key for key, kind in expected.items() if not isinstance(content.get(key), kind)]:
+        raise UserError(f"{path} is an incomplete checkpoint: it lacks {', '.join(wrong)}")
+    if content["version"] > FORMAT_VERSION:
+        raise UserError(f"{path} has format version {content['version']}; this program reads up to {FORMAT_VERSION}: update it")
+    if wrong := {"size", "interpolation", "mean", "std"} - content["preprocessing"].keys():
+        raise UserError(f"{path} is an incomplete checkpoint: its preprocessing lacks {', '.join(sorted(wrong))}")
+    if len(content["classes"]) != content["model_kwargs"].get("num_classes"):
+        raise UserError(f"{path} contradicts itself: {len(content['classes'])} classes, but {content['model_kwargs']}")
     try:
         model = build_model(content["arch"], content["model_kwargs"])
-        load_weights(model, content["state_dict"], path)
-        [content[key] for key in ("classes", "preprocessing", "temperature")]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is an incomplete checkpoint: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: this torchvision cannot build its model: {error}") from None
+    load_weights(model, content["state_dict"], path)
     return content, model.eval()
 
 
 def build_model(arch: str, model_kwargs: dict) -> torch.nn.Module:
     """torchvision's model `arch` with random weights; `model_kwargs` are its own arguments, such as num_classes."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # googlenet and inception_v3: "the default initialization will change"
+        warnings.simplefilter("ignore", FutureWarning)  # googlenet, inception_v3: "the default initialization will change"
         return torchvision.models.get_model(arch, weights=None, **model_kwargs)
 
 
 def load_weights(model: torch.nn.Module, state_dict: dict, path):
     """Load a state dict into a model of exactly its keys and shapes; raises UserError naming the keys that do not fit."""
     own = model.state_dict()
-    wrong = {"missing": [key for key in own if key not in state_dict],
-             "unknown": [key for key in state_dict if key not in own],
-             "of another shape": [key for key in own if key in state_dict and own[key].shape != getattr(state_dict[key], "shape", None)]}
+    shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}
+    wrong = {"missing": [key for key in own if key not in shapes],
+             "unknown": [key for key in shapes if key not in own],
+             "of another shape": [key for key in own if key in shapes and own[key].shape != shapes[key]]}
     if any(wrong.values()):
-        details = "; ".join(f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for kind, keys in wrong.items() if keys)
+        details = "; ".join(f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                            for kind, keys in wrong.items() if keys)
         raise UserError(f"{path} does not fit {type(model).__name__}: {details}")
     model.load_state_dict(state_dict)

@@ -10,8 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from common import (EXIT_BELOW_BAR, SPLITS, FrozenModel, ImageError, LazyModule, Progress, UserError, add_hardware_options, command,
-                    fraction, log, make_parser, pick_device, read_batches, read_checkpoint, read_split, replacing, torch)
+from common import (EXIT_BELOW_BAR, SPLITS, FrozenModel, ImageError, LazyModule, Progress, UserError, add_hardware_options,
+                    command, fraction, log, make_parser, pick_device, read_batches, read_checkpoint, read_split, replacing,
+                    torch)
 
 matplotlib = LazyModule("matplotlib")
 COLOURS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
@@ -25,7 +26,8 @@ def parse_args(argv):
     group.add_argument("--split", default="test", help="the folder of DATA to measure")
     group.add_argument("--history", type=Path, help="the training's history (default: history.csv beside the checkpoint)")
     group.add_argument("--out", type=Path, help="folder for the results (default: report/ beside the checkpoint)")
-    group.add_argument("--fail-under", type=fraction, metavar="ACCURACY", help="end with exit code 4 if the accuracy is below this")
+    group.add_argument("--fail-under", type=fraction, metavar="ACCURACY",
+                       help="end with exit code 4 if the accuracy is below this")
     add_hardware_options(parser)
     args = parser.parse_args(argv)
     args.out = args.out or args.checkpoint.parent / "report"
@@ -45,9 +47,10 @@ def main(argv=None):
     metrics = {"checkpoint": str(args.checkpoint), "data": str(args.data), "split": args.split, **metrics}
     write_csv(args.out / "per_class.csv", per_class)
     write_csv(args.out / "predictions.csv", list_predictions(paths, logits, targets, checkpoint))
-    plot_confusion(args.out / "confusion_matrix.png", confusion, checkpoint["classes"], f"{checkpoint['arch']} on {args.data.name}/{args.split}: {metrics['accuracy']:.2%} of {metrics['n']}")
+    plot_confusion(args.out / "confusion_matrix.png", confusion, checkpoint["classes"],
+                   f"{checkpoint['arch']} on {args.data.name}/{args.split}: {metrics['accuracy']:.2%} of {metrics['n']}")
     if history:
-        plot_curves(args.out / "curves.png", history, checkpoint["metrics"]["epoch"])
+        plot_curves(args.out / "curves.png", history, checkpoint["metrics"].get("epoch"))
     with replacing(args.out / "metrics.json") as file:
         file.write(json.dumps(metrics, indent=2) + "\n")
     show_table(metrics, per_class)
@@ -68,7 +71,7 @@ def read_targets(folder: Path, classes: list[str]) -> tuple[list[str], torch.Ten
         raise UserError(f"{folder.parent} has no {folder.name}/ folder; choose another with --split")
     paths, _, targets = read_split(folder, classes)
     if absent := [name for index, name in enumerate(classes) if index not in set(targets)]:
-        log(f"warning: {folder} has no images of {', '.join(absent)}: their recall is not known, and macro F1 leaves them out")
+        log(f"warning: {folder} has no images of {', '.join(absent)}: their recall is not known")
     return paths, torch.tensor(targets)
 
 
@@ -84,7 +87,7 @@ def read_history(path: Path, required: bool) -> list[dict] | None:
             rows = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
         [row["epoch"] + 0 for row in rows]
     except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-        raise UserError(f"{path} is no history of train.py: its cells should be numbers under epoch, train_loss, train_acc, ...") from None
+        raise UserError(f"{path} is no history of train.py: its cells should be numbers under epoch, train_loss, ...") from None
     return rows
 
 
@@ -106,24 +109,27 @@ def classify(model: torch.nn.Module, checkpoint: dict, paths: list[str], device:
 def measure(logits: torch.Tensor, targets: torch.Tensor, checkpoint: dict) -> tuple[dict, list[dict], torch.Tensor]:
     """Metrics, a row per class, and the confusion matrix [true, predicted], from logits [N, C] and targets [N].
 
-    The loss is the mean cross entropy in nats of the logits as they are, as in the history. A precision, recall or F1 without
-    a denominator counts as 0; macro F1 is the mean over the classes that occur, as truth or as prediction.
+    The loss is the mean cross entropy in nats of the logits as they are, as in the history. A precision, recall or F1
+    without a denominator is None; macro F1 is the mean over the classes that occur, as truth or as prediction.
     """
     classes = checkpoint["classes"]
     count = len(classes)
     predicted = logits.argmax(1)
     confusion = torch.bincount(targets * count + predicted, minlength=count * count).view(count, count)
-    hits, support, answered = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
-    precision, recall = hits / answered.clamp(min=1), hits / support.clamp(min=1)
-    f1 = 2 * hits / (support + answered).clamp(min=1)
+    hits, support, answered = confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
+    per_class = [{"class": name, "precision": ratio(hit, said), "recall": ratio(hit, there), "f1": ratio(2 * hit, there + said),
+                  "support": there} for name, hit, there, said in zip(classes, hits, support, answered)]
+    f1s = [row["f1"] for row in per_class if row["f1"] is not None]
     ranks = (logits > logits.gather(1, targets[:, None])).sum(1)
-    metrics = {"n": len(targets), "accuracy": hits.sum().item() / len(targets), "macro_f1": f1[support + answered > 0].mean().item(),
+    metrics = {"n": len(targets), "accuracy": sum(hits) / len(targets), "macro_f1": sum(f1s) / len(f1s),
                "loss": torch.nn.functional.cross_entropy(logits.double(), targets).item(),
                **{f"top{k}_accuracy": (ranks < k).double().mean().item() for k in (3, 5) if k < count},
                "temperature": checkpoint["temperature"]}
-    per_class = [{"class": name, "precision": precision[i].item(), "recall": recall[i].item(), "f1": f1[i].item(), "support": support[i].item()}
-                 for i, name in enumerate(classes)]
     return metrics, per_class, confusion
+
+
+def ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def list_predictions(paths: list[str], logits: torch.Tensor, targets: torch.Tensor, checkpoint: dict) -> list[dict]:
@@ -144,11 +150,15 @@ def write_csv(path: Path, rows: list[dict]):
 
 
 def show_table(metrics: dict, per_class: list[dict]):
+    """The metrics of each class and of all, on stderr."""
     width = max(len("class"), *(len(row["class"]) for row in per_class))
     lines = [f"{'class':<{width}}  precision  recall      f1  support"]
-    lines += [f"{row['class']:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['support']:7}" for row in per_class]
-    lines += [f"accuracy {metrics['accuracy']:.4f}  macro F1 {metrics['macro_f1']:.4f}  loss {metrics['loss']:.4f}  on {metrics['n']} images"]
-    print("\n".join(lines), file=sys.stderr)
+    for row in per_class:
+        precision, recall, f1 = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("precision", "recall", "f1"))
+        lines.append(f"{row['class']:<{width}}  {precision:>9}  {recall:>6}  {f1:>6}  {row['support']:7}")
+    lines.append(f"accuracy {metrics['accuracy']:.4f}  macro F1 {metrics['macro_f1']:.4f}  loss {metrics['loss']:.4f}  "
+                 f"on {metrics['n']} images")
+    log("\n".join(lines), stamp=False)
 
 
 def new_figure(width: float, height: float):
@@ -163,7 +173,7 @@ def save_figure(figure, path: Path):
         figure.savefig(file, format="png", dpi=120)
 
 
-def plot_curves(path: Path, history: list[dict], best_epoch: int):
+def plot_curves(path: Path, history: list[dict], best_epoch: int | None):
     """Loss and accuracy of every split over the epochs, with the epoch that the checkpoint was taken from."""
     figure = new_figure(11, 4.2)
     epochs = [row["epoch"] for row in history]
@@ -171,9 +181,11 @@ def plot_curves(path: Path, history: list[dict], best_epoch: int):
         for split in SPLITS:
             values = [row.get(f"{split}_{what}") for row in history]
             if None not in values:
-                axes.plot(epochs, values, marker="o", markersize=3.5, color=COLOURS[split], label=f"{split} {values[epochs.index(best_epoch)]:.4f}"
-                          if best_epoch in epochs else split)
-        axes.axvline(best_epoch, color="0.6", linestyle="--", linewidth=1, zorder=0, label=f"saved model: epoch {best_epoch}")
+                label = f"{split} {values[epochs.index(best_epoch)]:.4f}" if best_epoch in epochs else split
+                axes.plot(epochs, values, marker="o", markersize=3.5, color=COLOURS[split], label=label)
+        if best_epoch in epochs:
+            axes.axvline(best_epoch, color="0.6", linestyle="--", linewidth=1, zorder=0,
+                         label=f"saved model: epoch {best_epoch}")
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)

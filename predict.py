@@ -10,26 +10,30 @@ import contextlib
 import csv
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
-from common import (EXIT_SOME_UNREADABLE, FrozenModel, ImageError, LazyModule, UserError, add_hardware_options, command, find_images, log,
-                    make_parser, pick_device, positive_int, read_batches, read_checkpoint, read_image, replacing, torch)
+from common import (EXIT_SOME_UNREADABLE, FrozenModel, ImageError, LazyModule, UserError, add_hardware_options, command,
+                    find_images, log, make_parser, pick_device, positive_int, read_batches, read_checkpoint, read_image,
+                    replacing, torch)
 
 matplotlib = LazyModule("matplotlib")
 PLOT_COLUMNS, PLOT_ROWS, PLOT_BARS = 3, 6, 5
 
 
 def parse_args(argv):
-    parser = make_parser("predict.py", __doc__, "python predict.py --checkpoint runs/eurosat/model.pt photo.jpg tiles/ --top-k 3")
+    parser = make_parser("predict.py", __doc__,
+                         "python predict.py --checkpoint runs/eurosat/model.pt photo.jpg tiles/ --top-k 3")
     group = parser.add_argument_group("input")
     group.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, a folder of images, or - for paths on stdin")
     group.add_argument("--checkpoint", type=Path, required=True, help="the model.pt that train.py wrote")
     group = parser.add_argument_group("output")
     group.add_argument("--top-k", type=positive_int, default=1, help="report this many classes, the most probable first")
     group.add_argument("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
-    group.add_argument("--plot", type=Path, metavar="FILE.png", help=f"show each image with its most probable classes; beyond "
-                       f"{PLOT_COLUMNS * PLOT_ROWS} images, further pages are FILE-2.png, FILE-3.png, ...")
+    group.add_argument("--plot", type=Path, metavar="FILE.png",
+                       help=f"show each image with its most probable classes; beyond {PLOT_COLUMNS * PLOT_ROWS} images, "
+                            "further pages are FILE-2.png, FILE-3.png, ...")
     add_hardware_options(parser)
     args = parser.parse_args(argv)
     args.format = args.format or ("table" if sys.stdout.isatty() else "csv")
@@ -39,6 +43,12 @@ def parse_args(argv):
 @command
 def main(argv=None):
     args = parse_args(argv)
+    for folder in filter(os.path.isdir, args.images):
+        if not any(True for _ in find_images(folder)):
+            raise UserError(f"no images in folder {folder}")
+    for stream in (sys.stdin, sys.stdout):  # file names need not be valid UTF-8, and a pipe on Windows is not UTF-8 by default
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     device = pick_device(args.device)
     checkpoint, model = read_checkpoint(args.checkpoint)
     classes, preprocessing = checkpoint["classes"], checkpoint["preprocessing"]
@@ -47,7 +57,8 @@ def main(argv=None):
     album = Album(args.plot, classes) if args.plot else None
     images = failures = 0
     for batch in read_batches(list_paths(args.images), preprocessing, frozen.batch_size, args.workers):
-        rows = iter(probabilities(frozen, [pixels for _, pixels in batch if not isinstance(pixels, ImageError)], checkpoint["temperature"]))
+        readable = [pixels for _, pixels in batch if not isinstance(pixels, ImageError)]
+        rows = iter(probabilities(frozen, readable, checkpoint["temperature"]))
         for path, pixels in batch:
             images += 1
             if isinstance(pixels, ImageError):
@@ -72,10 +83,7 @@ def list_paths(arguments: list[str]):
         if argument == "-":
             yield from (line for line in (line.rstrip("\r\n") for line in sys.stdin) if line)
         elif Path(argument).is_dir():
-            images = find_images(argument)
-            if not images:
-                raise UserError(f"no images in folder {argument}")
-            yield from images
+            yield from find_images(argument)
         else:
             yield argument
 
@@ -84,7 +92,7 @@ def probabilities(frozen: FrozenModel, pixels: list[torch.Tensor], temperature: 
     """Calibrated probabilities, a row of one number per class for each uint8 image [3, S, S]."""
     if not pixels:
         return []
-    return (frozen.logits(frozen.features(torch.stack(pixels))).double().cpu() / temperature).softmax(1).tolist()
+    return (frozen.logits(frozen.features(torch.stack(pixels))).cpu().double() / temperature).softmax(1).tolist()
 
 
 def top(row: list[float], classes: list[str], count: int) -> list[tuple[str, float]]:
@@ -93,8 +101,6 @@ def top(row: list[float], classes: list[str], count: int) -> list[tuple[str, flo
 
 def record_writer(form: str, classes: list[str], top_k: int):
     """A function write(path, probabilities or None, error or None) that prints one record in the format asked for."""
-    with contextlib.suppress(AttributeError):  # file names need not be valid UTF-8
-        sys.stdout.reconfigure(errors="surrogateescape")
     width = max(map(len, classes))
 
     def write_table(path, row, error):
@@ -113,7 +119,8 @@ def record_writer(form: str, classes: list[str], top_k: int):
     if form != "csv":
         return {"table": write_table, "jsonl": write_jsonl}[form]
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["path", "class", "probability", *(f"{what}_{k}" for k in range(2, top_k + 1) for what in ("class", "probability")), "error"])
+    others = [f"{what}_{k}" for k in range(2, top_k + 1) for what in ("class", "probability")]
+    writer.writerow(["path", "class", "probability", *others, "error"])
 
     def write_csv(path, row, error):
         cells = [cell for name, p in top(row, classes, top_k) for cell in (name, round(p, 6))] if row else [""] * (2 * top_k)
@@ -125,8 +132,8 @@ class Album:
     """Pages of pictures: each image with its predicted class and bars of its most probable classes."""
 
     def __init__(self, file: Path, classes: list[str]):
-        if not file.parent.is_dir():
-            raise UserError(f"--plot {file}: no such folder: {file.parent}")
+        if not file.parent.is_dir() or file.is_dir():
+            raise UserError(f"--plot {file}: " + ("is a folder" if file.is_dir() else f"no such folder: {file.parent}"))
         self.file, self.classes, self.page, self.waiting = file, classes, 1, []
 
     def add(self, path: str, row: list[float]):
@@ -135,7 +142,8 @@ class Album:
             self.save_page()
         thumbnail = read_image(path)
         thumbnail.thumbnail((360, 360))
-        self.waiting.append((thumbnail, Path(path).name, top(row, self.classes, PLOT_BARS)))
+        name = Path(path).name.encode("utf-8", "replace").decode()
+        self.waiting.append((thumbnail, name, top(row, self.classes, PLOT_BARS)))
 
     def save_page(self):
         """Write the images that wait as one page."""

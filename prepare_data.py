@@ -11,6 +11,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -25,8 +26,8 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from common import (SPLITS, ImageError, Progress, UserError, command, file_hash, find_images, fraction, is_image_name, log, make_parser,
-                    one_line, positive_int, read_image, replacing)
+from common import (SPLITS, ImageError, Progress, UserError, command, file_hash, fraction, is_image_name, locked, log,
+                    make_parser, one_line, positive_int, read_image, replacing, seed_number, walk)
 
 # The address and checksum that torchvision's datasets.EuroSAT uses.
 EUROSAT_URL = "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip"
@@ -38,18 +39,26 @@ UNPACK_RATIO, UNPACK_FLOOR = 20, 1 << 30
 def parse_args(argv):
     parser = make_parser("prepare_data.py", __doc__, "python prepare_data.py --source photos.zip --out data/photos")
     group = parser.add_argument_group("source (default: download EuroSAT)")
-    group.add_argument("--source", type=Path, help="a folder, zip or tar of class folders of images; wrapping folders are looked "
-                       "through, and folders train/, val/, test/ of class folders are kept as they are")
-    group.add_argument("--synthetic", action="store_true", help="draw a demonstration set: 10 classes of 64x64 tiles that look a little "
-                       "like land cover; needs no network, and says nothing about real images")
-    group.add_argument("--per-class", type=positive_int, default=100, help="with --synthetic, tiles to draw of each class")
+    group.add_argument("--source", type=Path, metavar="PATH",
+                       help="a folder, zip or tar of class folders of images; wrapping folders are looked through, and "
+                            "folders train/, val/, test/ of class folders are kept as they are")
+    group.add_argument("--synthetic", action="store_true",
+                       help="draw a demonstration set: 10 classes of 64x64 tiles that look a little like land cover; needs "
+                            "no network, and says nothing about real images")
+    group.add_argument("--per-class", type=positive_int, metavar="N",
+                       help="take a sample of N images of each class (of each split, where the source is split already); with "
+                            "--synthetic, draw N (default: all; with --synthetic 100)")
     group = parser.add_argument_group("output")
-    group.add_argument("--out", type=Path, help="the tree to make (default: data/eurosat, with --synthetic data/synthetic)")
-    group.add_argument("--force", action="store_true", help="replace OUT; the old tree stands until the new one is complete")
+    group.add_argument("--out", type=Path, metavar="DIR",
+                       help="the tree to make (default: data/eurosat, with --synthetic data/synthetic)")
+    group.add_argument("--force", action="store_true",
+                       help="replace the tree at OUT; the old one stands until the new one is complete")
     group = parser.add_argument_group("split")
-    group.add_argument("--val", type=fraction, default=0.1, help="share of each class for choosing epochs and settings; 0: no val/")
-    group.add_argument("--test", type=fraction, default=0.2, help="share of each class for the final measurement; 0: no test/")
-    group.add_argument("--seed", type=int, default=0, help="of the split and of --synthetic")
+    group.add_argument("--val", type=fraction, default=0.1, metavar="SHARE",
+                       help="share of each class for choosing epochs and settings; 0: no val/")
+    group.add_argument("--test", type=fraction, default=0.2, metavar="SHARE",
+                       help="share of each class for the final measurement; 0: no test/")
+    group.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of the split and of all drawing")
     args = parser.parse_args(argv)
     if args.source and args.synthetic:
         parser.error("--source and --synthetic exclude each other")
@@ -62,53 +71,80 @@ def parse_args(argv):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    out = args.out
-    if out.exists() and not args.force and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists; choose another --out, or replace it with --force")
-    source = args.source if args.source or args.synthetic else download_eurosat(out.parent / "EuroSAT.zip")
-    if source and not source.exists():
-        raise UserError(f"no such file or folder: {source}")
-    staging = out.with_name(f".{out.name}.partial")  # on the file system of OUT, so that it can be renamed
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        if source is None:
-            files, others = draw_synthetic(staging / "files", args.per_class, args.seed), 0
-        else:
-            files, others = unpack(source, staging / "files")
-        records = check(classify(files, str(source)))
-        split(records, args.val, args.test, args.seed)
-        lay_out(records, staging)
-        replace_tree(staging, out)
-    finally:
+    out = args.out.resolve()
+    with made_parents(out), locked(out):
+        check_target(args, out)
+        source = args.source if args.source or args.synthetic else download_eurosat(out.with_name("EuroSAT.zip"))
+        staging = out.with_name(f".{out.name}.partial")  # beside OUT, so that it can be renamed
         shutil.rmtree(staging, ignore_errors=True)
-        with contextlib.suppress(OSError):  # a data/ that we made for nothing
-            out.parent.rmdir()
-    counts = {name: dict(sorted(collections.Counter(r["class"] for r in records if r["split"] == name).items())) for name in SPLITS}
+        try:
+            staging.mkdir()
+            if source:
+                files, folders, others = unpack(source, staging / "files")
+            else:
+                files, folders, others = draw_synthetic(staging / "files", args.per_class or 100, args.seed), set(), 0
+            records = classify(files, folders, str(source))
+            check(records)
+            records = sample(records, args.per_class, args.seed) if args.per_class and source else records
+            split(records, args.val, args.test, args.seed)
+            report_duplicates(records)
+            lay_out(records, staging)
+            replace_tree(staging, out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    counts = {name: dict(sorted(collections.Counter(r["class"] for r in records if r["split"] == name).items()))
+              for name in SPLITS}
     show_counts(counts)
     if others:
         log(f"left out {others} files that are not images (by their extension)")
-    print(json.dumps({"out": str(out), "images": len(records), "classes": len({r["class"] for r in records}),
+    print(json.dumps({"out": str(args.out), "images": len(records), "classes": len({r["class"] for r in records}),
                       **{name: sum(counts[name].values()) for name in SPLITS}, "not_images": others, "counts": counts}))
+
+
+@contextlib.contextmanager
+def made_parents(path: Path):
+    """Make the folders above `path`; those made here are removed again if they stay empty."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for folder in missing:  # the innermost first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def check_target(args, out: Path):
+    """See that OUT may be made: it is new or empty, or --force is given and it is a tree of ours, apart from the source."""
+    if args.source:
+        if not args.source.exists():
+            raise UserError(f"no such file or folder: {args.source}")
+        source = args.source.resolve()
+        if out == source or out in source.parents or source in out.parents:
+            raise UserError(f"--source {args.source} and --out {args.out} lie within each other; choose another --out")
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+        return
+    if not (out / "splits.csv").is_file():
+        raise UserError(f"{args.out} exists, and is no tree of this program (it has no splits.csv); choose another --out")
+    if not args.force:
+        raise UserError(f"{args.out} exists; choose another --out, or replace it with --force")
 
 
 # ---------------------------------------------------------------- source -> files on disk
 
 def download_eurosat(archive: Path) -> Path:
     """Download EuroSAT.zip unless it is there already; a file with the wrong MD5 is never unpacked."""
+    import http.client
     import urllib.request  # takes longer than all that --help needs
     if archive.exists():
         if file_hash(archive, "md5") != EUROSAT_MD5:
-            raise UserError(f"{archive} is there, but its MD5 is not {EUROSAT_MD5}: remove it to download it again, or use it with --source {archive}")
+            raise UserError(f"{archive} is there, but its MD5 is not {EUROSAT_MD5}: remove it to download it again, or use "
+                            f"it with --source {archive}")
         log(f"using {archive}, downloaded before")
         return archive
     way_out = "download it elsewhere and pass it with --source FILE, or draw a demonstration set with --synthetic"
-    made = [folder for folder in (archive.parent, *archive.parent.parents) if not folder.exists()]
     try:
-        with contextlib.ExitStack() as stack:
-            response = stack.enter_context(urllib.request.urlopen(EUROSAT_URL, timeout=60))
-            archive.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(replacing(archive, "wb"))
+        with urllib.request.urlopen(EUROSAT_URL, timeout=60) as response, replacing(archive, "wb") as file:
             total = int(response.headers.get("Content-Length") or 0)
             digest = hashlib.md5(usedforsecurity=False)
             with Progress("download EuroSAT.zip", total >> 10 or None, "KiB", every=10) as progress:
@@ -118,33 +154,38 @@ def download_eurosat(archive: Path) -> Path:
                     progress.update(len(block) >> 10)
             if digest.hexdigest() != EUROSAT_MD5:
                 raise UserError(f"{EUROSAT_URL} has MD5 {digest.hexdigest()}, not {EUROSAT_MD5}: {way_out}")
-    except (UserError, OSError, ValueError) as error:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if isinstance(error, UserError):
-            raise
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"cannot download {EUROSAT_URL}: {one_line(error)}; {way_out}") from None
     return archive
 
 
-def unpack(source: Path, folder: Path) -> tuple[list[tuple[PurePosixPath, Path]], int]:
-    """The image files of a folder or archive: [(path within the source, file to read)], and how many other files there are.
+def unpack(source: Path, folder: Path) -> tuple[list[tuple[PurePosixPath, Path]], set[PurePosixPath], int]:
+    """The images of a folder or archive: [(path within the source, file to read)], all its folders, and a count of other files.
 
-    Archives are extracted into `folder`, with plain names, so that nothing in an archive can name a place outside. Raises
+    Archives are extracted into `folder` under plain names, so that nothing in an archive can name a place outside. Raises
     UserError for an archive that is damaged, holds links or paths that climb out, or unpacks to far more than it weighs.
     """
+    files, folders, others = [], set(), 0
     if source.is_dir():
-        images = [Path(path) for path in find_images(source)]
-        everything = sum(len(files) for _, _, files in os.walk(source, followlinks=True))
-        return [(PurePosixPath(path.relative_to(source)), path) for path in images], everything - len(images)
+        for root, names in walk(source):
+            folders.add(PurePosixPath(Path(root).relative_to(source)))
+            images = [name for name in names if is_image_name(name)]
+            files += [(PurePosixPath(Path(root, name).relative_to(source)), Path(root, name)) for name in images]
+            others += len(names) - len(images)
+        return files, folders, others
     folder.mkdir()
-    files, others, room = [], 0, max(UNPACK_FLOOR, UNPACK_RATIO * source.stat().st_size)
+    room = max(UNPACK_FLOOR, UNPACK_RATIO * source.stat().st_size)
     try:
         with Progress(f"unpack {source.name}", None, "files", every=10) as progress:
             for name, stream in archive_members(source):
                 path = PurePosixPath(name)
-                if any(part.startswith((".", "__MACOSX")) for part in path.parts) or not is_image_name(path.name):
+                if any(part.startswith((".", "__MACOSX")) for part in path.parts):
+                    others += stream is not None
+                    continue
+                folders.add(path.parent if stream else path)
+                if stream is None:
+                    continue
+                if not is_image_name(path.name):
                     others += 1
                     continue
                 target = folder / f"{len(files)}{path.suffix}"
@@ -152,73 +193,88 @@ def unpack(source: Path, folder: Path) -> tuple[list[tuple[PurePosixPath, Path]]
                     while block := content.read(1 << 20):
                         room -= len(block)
                         if room < 0:
-                            raise UserError(f"{source} unpacks to more than {UNPACK_RATIO} times its size: refused; if you trust it, unpack it yourself "
-                                            "and pass the folder")
+                            raise UserError(f"{source} unpacks to more than {UNPACK_RATIO} times its size: refused; if you "
+                                            "trust it, unpack it yourself and pass the folder")
                         file.write(block)
                 files.append((path, target))
                 progress.update(1)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError, RuntimeError, ValueError) as error:
+    except OSError as error:
+        if error.errno:  # a full disk, say; bzip2 raises an OSError without a number for damaged data
+            raise
+        raise UserError(f"cannot unpack {source}: {one_line(error)}; is it damaged?") from None
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
+            ValueError) as error:
         raise UserError(f"cannot unpack {source}: {one_line(error) or type(error).__name__}; is it damaged?") from None
-    return files, others
+    return files, folders, others
 
 
 def archive_members(source: Path):
-    """The regular files of a zip or tar: (name, function that opens it). Raises UserError for names and links that are not safe."""
+    """Yield (name, function that opens it) of the files in a zip or tar, and (name, None) of its folders.
+
+    Raises UserError for links and for names that climb out.
+    """
     if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
             for member in archive.infolist():
-                mode = member.external_attr >> 16
-                if not member.is_dir():
-                    check_member(source, member.filename, link=mode & 0o170000 == 0o120000)
-                    yield member.filename, lambda: archive.open(member)
+                check_member(source, member.filename, link=member.external_attr >> 28 == 0o12)
+                yield member.filename, None if member.is_dir() else lambda: archive.open(member)
     elif tarfile.is_tarfile(source):
         with tarfile.open(source) as archive:
             for member in archive:
-                if not member.isdir():
-                    check_member(source, member.name, link=not member.isreg())
-                    yield member.name, lambda: archive.extractfile(member)
+                check_member(source, member.name, link=not (member.isreg() or member.isdir()))
+                yield member.name, None if member.isdir() else lambda: archive.extractfile(member)
     else:
         raise UserError(f"{source} is no folder, zip or tar that can be read; is it damaged?")
 
 
 def check_member(source: Path, name: str, link: bool):
-    if link or name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts or name[1:2] == ":":
-        kind = "is a link or a special file" if link else "climbs out of the archive"
-        raise UserError(f"{source}: entry {name!r} {kind}; refused. Nothing was unpacked to OUT")
+    if link:
+        raise UserError(f"{source}: entry {name!r} is a link or a special file; refused")
+    if name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts or name[1:2] == ":":
+        raise UserError(f"{source}: entry {name!r} climbs out of the archive; refused")
 
 
 # ---------------------------------------------------------------- files -> records: class, name, content
 
-def classify(files: list[tuple[PurePosixPath, Path]], source: str) -> list[dict]:
-    """Find the class of each file: its first folder below the folders that wrap all. train/, val/, test/ in its place are kept.
+def classify(files: list[tuple[PurePosixPath, Path]], folders: set[PurePosixPath], source: str) -> list[dict]:
+    """Find the class of each file: its first folder below those that wrap all. train/, val/, test/ in that place are kept.
 
-    Returns records with class, name (unique within its class and split), file and split (None: to be assigned).
+    Returns records with class, name (unique within its class and split), file and split (None: to be assigned). Raises
+    UserError for no images or one class, an image outside the class folders, a class folder without images, and for
+    names that would collide.
     """
     if not files:
         raise UserError(f"no images in {source}; expected <class>/<image> with one of the usual extensions")
-    parts = [path.parts for path, _ in files]
-    while len({p[0] for p in parts}) == 1 and all(len(p) > 2 for p in parts):
-        parts = [p[1:] for p in parts]
-    given = "train" in {p[0] for p in parts} and {p[0] for p in parts} <= set(SPLITS) and all(len(p) > 2 for p in parts)
+    parts, depth = [path.parts for path, _ in files], 0
+    while len({p[depth] for p in parts}) == 1 and all(len(p) > depth + 2 for p in parts):
+        depth += 1
+    first = {p[depth] for p in parts}
+    given = "train" in first and first <= set(SPLITS) and all(len(p) > depth + 2 for p in parts)
+    depth += given
+    used = {p[:depth + 1] for p in parts if len(p) > depth + 1}
     records, seen = [], set()
     for (path, file), p in zip(files, parts):
-        split, p = (p[0], p[1:]) if given else (None, p)
-        if len(p) < 2:
+        if len(p) < depth + 2:
             raise UserError(f"{path} in {source} is in no class folder; expected <class>/<image>")
-        record = {"class": p[0], "name": "__".join(p[1:]), "file": str(file), "split": split, "path": str(path)}
-        key = (split, record["class"].casefold(), record["name"].casefold())
+        record = {"class": p[depth], "name": "__".join(p[depth + 1:]), "file": str(file), "path": str(path),
+                  "split": p[depth - 1] if given else None}
+        key = (record["split"], record["class"].casefold(), record["name"].casefold())
         if key in seen:
             raise UserError(f"two images would both become {record['class']}/{record['name']}; rename one of them")
         seen.add(key)
         records.append(record)
     if len(classes := {record["class"] for record in records}) < 2:
         raise UserError(f"{source} has one class, {classes.pop()}; a classifier needs two or more class folders")
+    wrapper = parts[0][:depth - given]
+    if empty := sorted(str(f) for f in folders if len(f.parts) == depth + 1 and f.parts[:len(wrapper)] == wrapper
+                       and f.parts not in used):
+        raise UserError(f"class folder without images: {', '.join(empty[:5])} in {source}; remove it, or put images into it")
     return records
 
 
-def check(records: list[dict]) -> list[dict]:
-    """Decode and hash every file, in parallel; adds sha256. Raises UserError naming the images that cannot be read, or those
-    whose content stands under two classes."""
+def check(records: list[dict]):
+    """Decode and hash every file, in parallel; adds sha256. Raises UserError naming those that cannot be read, or whose
+    content stands under two classes."""
     chunks = [records[i:i + 200] for i in range(0, len(records), 200)]
     bad = []
     with contextlib.ExitStack() as stack:
@@ -232,15 +288,14 @@ def check(records: list[dict]) -> list[dict]:
                 bad += [f"{record['path']} ({reason})"] if reason else []
             progress.update(len(chunk))
     if bad:
-        raise UserError(f"{len(bad)} of {len(records)} images cannot be read: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}; repair or remove them")
+        raise UserError(f"{len(bad)} of {len(records)} images cannot be read: {', '.join(bad[:5])}"
+                        f"{', ...' if len(bad) > 5 else ''}; repair or remove them")
     by_content = collections.defaultdict(list)
     for record in records:
         by_content[record["sha256"]].append(record)
     if torn := [group for group in by_content.values() if len({r["class"] for r in group}) > 1]:
-        raise UserError(f"equal content under two classes ({len(torn)} times), such as {' and '.join(r['path'] for r in torn[0][:3])}: remove one of them")
-    if doubled := sum(len(group) - 1 for group in by_content.values()):
-        log(f"{doubled} images repeat the content of another; equal images go into the same split")
-    return records
+        raise UserError(f"equal content under two classes ({len(torn)} times), such as "
+                        f"{' and '.join(r['path'] for r in torn[0][:3])}: remove one of them")
 
 
 def check_files(files: list[str]) -> list[tuple[str, str | None]]:
@@ -258,39 +313,64 @@ def check_files(files: list[str]) -> list[tuple[str, str | None]]:
 
 # ---------------------------------------------------------------- records -> tree
 
+def shuffled(contents, seed: int) -> list[str]:
+    """SHA-256 sums in an order that depends on themselves and the seed alone, not on any file's name or place."""
+    return sorted(contents, key=lambda content: hashlib.sha256(f"{seed}:{content}".encode()).digest())
+
+
+def group_by_content(records: list[dict], *fields: str) -> dict:
+    """{values of the fields: {sha256: [records]}}, the outer keys sorted."""
+    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    for record in records:
+        groups[tuple(str(record[field]) for field in fields)][record["sha256"]].append(record)
+    return dict(sorted(groups.items()))
+
+
+def sample(records: list[dict], count: int, seed: int) -> list[dict]:
+    """`count` images of each class, or of each class and split of a split source, no two with equal content."""
+    return [contents[sha256][0] for contents in group_by_content(records, "class", "split").values()
+            for sha256 in shuffled(contents, seed)[:count]]
+
+
 def split(records: list[dict], val: float, test: float, seed: int):
     """Assign records to train, val and test, class by class and exact to the image (equal content stays together).
 
-    The order in which a class is dealt out is that of a hash of seed and content, so the same content, shares and seed give
-    the same split whatever the files' names or order. Records of an already split source keep their split; where that lacks a
-    val/, it is made from train.
+    The same content, shares and seed give the same split, whatever the files' names or order. Records of a source that is
+    split already keep their split; where that lacks a val/, it is made from train.
     """
     given = {record["split"] for record in records}
+    shares = {"test": test, "val": val}
     if None not in given:
         if "val" in given or not val:
             return
-        pools, shares = [r for r in records if r["split"] == "train"], {"val": val}
-    else:
-        pools, shares = records, {"test": test, "val": val}
-    by_class = collections.defaultdict(lambda: collections.defaultdict(list))
-    for record in pools:
-        by_class[record["class"]][record["sha256"]].append(record)
-    for name, contents in sorted(by_class.items()):
+        records, shares = [r for r in records if r["split"] == "train"], {"val": val}
+    for (name,), contents in group_by_content(records, "class").items():
         count = sum(map(len, contents.values()))
-        wanted = {part: round(count * share) for part, share in shares.items()}
-        if sum(wanted.values()) >= count or any(share and not wanted[part] for part, share in shares.items()):
-            log(f"warning: class {name} has only {count} images: {count - sum(wanted.values())} for train, "
-                + ", ".join(f"{number} for {part}" for part, number in wanted.items()))
-        for sha256 in sorted(contents, key=lambda content: hashlib.sha256(f"{seed}:{content}".encode()).digest()):
+        left = {part: round(count * share) for part, share in shares.items()}
+        if sum(left.values()) >= count:
+            raise UserError(f"class {name} has {count} images, of which --val {val} and --test {test} leave none for train; "
+                            "lower them, or add images")
+        if short := [part for part, share in shares.items() if share and not left[part]]:
+            log(f"warning: class {name} has only {count} images: none for {', '.join(short)}")
+        for sha256 in shuffled(contents, seed):
             group = contents[sha256]
-            part = next((part for part in wanted if wanted[part] >= len(group)), "train")
-            wanted[part] = wanted.get(part, 0) - len(group)
+            part = next((part for part in left if left[part] >= len(group)), "train")
+            left[part] = left.get(part, 0) - len(group)
             for record in group:
                 record["split"] = part
 
 
+def report_duplicates(records: list[dict]):
+    """Tell how many images repeat another's content; warn where a source that was split before has them in two splits."""
+    (contents,) = group_by_content(records).values()
+    if doubled := len(records) - len(contents):
+        log(f"{doubled} images repeat the content of another; equal images were given to the same split")
+    if leaked := sum(len({r["split"] for r in group}) > 1 for group in contents.values()):
+        log(f"warning: {leaked} images stand in more than one split of the source; what is measured on them will be too good")
+
+
 def lay_out(records: list[dict], staging: Path):
-    """Put every file at staging/<split>/<class>/<name> and write staging/splits.csv: extracted files are moved, others copied."""
+    """Put every file at staging/<split>/<class>/<name>, moved if we extracted it, else copied; write staging/splits.csv."""
     for record in records:
         record["target"] = f"{record['split']}/{record['class']}/{record['name']}"
     for folder in {os.path.dirname(record["target"]) for record in records}:
@@ -309,7 +389,6 @@ def lay_out(records: list[dict], staging: Path):
 
 def replace_tree(staging: Path, out: Path):
     """Rename the finished tree to OUT; an old tree is moved aside first, and removed last."""
-    os.sync() if hasattr(os, "sync") else None
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -324,21 +403,22 @@ def show_counts(counts: dict):
     width = max(map(len, [*names, "total"]))
     rows = [(name, [counts[part].get(name, 0) for part in SPLITS]) for name in names]
     rows.append(("total", [sum(counts[part].values()) for part in SPLITS]))
-    print("\n".join([f"{'class':<{width}}" + "".join(f"{part:>8}" for part in SPLITS),
-                     *(f"{name:<{width}}" + "".join(f"{count:>8}" for count in row) for name, row in rows)]), file=sys.stderr)
+    lines = [f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in row) for name, row in [("class", SPLITS), *rows]]
+    log("\n".join(lines), stamp=False)
 
 
 # ---------------------------------------------------------------- a demonstration set, drawn
 
 def draw_synthetic(folder: Path, per_class: int, seed: int) -> list[tuple[PurePosixPath, Path]]:
-    """Draw per_class PNG tiles of 64x64 pixels for each of ten classes named as EuroSAT's; the same seed draws the same tiles."""
+    """Draw per_class tiles of 64x64 pixels for each of ten classes named as EuroSAT's; the same seed draws the same."""
     folder.mkdir()
     files = []
     with Progress("draw", per_class * len(PAINTERS), every=10) as progress:
         for name, paint in PAINTERS.items():
             for number in range(1, per_class + 1):
                 rng = random.Random(f"{seed}/{name}/{number}")
-                tile = Image.blend(paint(rng), noise(rng, 64, jitter(rng, (128, 128, 128), 60), (128, 128, 128)), rng.uniform(0.05, 0.3))
+                grain = noise(rng, 64, jitter(rng, (128, 128, 128), 60), (128, 128, 128))
+                tile = Image.blend(paint(rng), grain, rng.uniform(0.05, 0.3))
                 path = folder / f"{name}_{number}.png"
                 tile.save(path)
                 files.append((PurePosixPath(name, path.name), path))
@@ -372,13 +452,15 @@ def grass(rng):
 
 
 def paint_fields(rng):
+    colours = ((150, 122, 88), (126, 134, 78), (178, 158, 116), (98, 84, 70))
+
     def fields(draw, size):
         y = 0
         while y < size:
             height, x = rng.randint(14, 40), 0
             while x < size:
                 width = rng.randint(18, 60)
-                draw.rectangle((x, y, x + width, y + height), (*jitter(rng, rng.choice(((150, 122, 88), (126, 134, 78), (178, 158, 116), (98, 84, 70)))), 255))
+                draw.rectangle((x, y, x + width, y + height), (*jitter(rng, rng.choice(colours)), 255))
                 x += width + 1
             y += height + 1
     return turned(rng, fields, grass(rng)).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
@@ -391,7 +473,8 @@ def paint_orchard(rng):
         for y in range(0, size, step):
             for x in range(0, size, step):
                 draw.ellipse((x, y, x + size_of_tree, y + size_of_tree), (*colour, 220))
-    return turned(rng, trees, noise(rng, 6, (136, 114, 88), (170, 148, 116))).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
+    soil = noise(rng, 6, (136, 114, 88), (170, 148, 116))
+    return turned(rng, trees, soil).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
 
 
 def paint_buildings(rng, small: bool):

@@ -12,24 +12,26 @@ import csv
 import ctypes
 import difflib
 import hashlib
+import http.client
 import io
 import json
 import math
 import os
 import platform
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import PIL
 
-from common import (CHECKPOINT_FORMAT, CHECKPOINT_VERSION, SPLITS, FrozenModel, ImageError, Progress, UserError,
-                    add_hardware_options, build_model, class_folders, command, file_hash, find_head, is_checkpoint, load_weights, log,
-                    make_parser, one_line, pick_device, positive_float, positive_int, read_batches, read_split, read_torch_file,
-                    replacing, torch, torchvision)
+from common import (CHECKPOINT_FORMAT, FORMAT_VERSION, RUN_FORMAT, SPLITS, FrozenModel, ImageError, Progress, UserError,
+                    add_hardware_options, build_model, class_folders, command, file_hash, find_head, is_checkpoint,
+                    load_weights, locked, log, make_parser, one_line, pick_device, positive_float, positive_int,
+                    read_batches, read_checkpoint, read_split, read_torch_file, replacing, seed_number, torch, torchvision)
 
-# Views of an image that a frozen run may train on: (quarter turns, mirrored). The eight of "dihedral" are the symmetries of a square.
+# Views of an image that a frozen run may train on: (quarter turns, mirrored); dihedral is all symmetries of a square.
 VIEWS = {"none": [(0, False)], "flip": [(0, False), (0, True)],
          "dihedral": [(turns, mirrored) for mirrored in (False, True) for turns in range(4)]}
 MEMORY_SHARE = 1 / 3  # of the machine's memory that features may take before they are mapped from disk
@@ -39,30 +41,38 @@ HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for wha
 def parse_args(argv):
     parser = make_parser("train.py", __doc__, "python train.py --data data/eurosat --epochs 5")
     group = parser.add_argument_group("data and output")
-    group.add_argument("--data", type=Path, default=Path("data/eurosat"), help="the tree that prepare_data.py made, or one like it")
-    group.add_argument("--out", type=Path, help="folder for the results (default: runs/<name of the data folder>)")
+    group.add_argument("--data", type=Path, default=Path("data/eurosat"), metavar="DIR",
+                       help="the tree that prepare_data.py made, or one like it")
+    group.add_argument("--out", type=Path, metavar="DIR",
+                       help="folder for the results (default: runs/<name of the data folder>)")
     group.add_argument("--resume", action="store_true", help="continue the unfinished run in OUT; without one, start")
     group.add_argument("--restart", action="store_true", help="discard the unfinished run in OUT and start anew")
     group = parser.add_argument_group("model")
     group.add_argument("--arch", default="resnet50", help="any torchvision classification model")
     group.add_argument("--list-archs", action="store_true", help="print the names that --arch takes, and end")
-    group.add_argument("--weights", help="a name such as IMAGENET1K_V2; a file: a torchvision state dict or a model.pt of this program; or "
-                       "none: random. Default: IMAGENET1K_V1 where the model has it, else torchvision's DEFAULT. For ResNets V1 is the plain "
-                       "softmax cross entropy recipe, whose features transfer better when frozen than those trained with label "
-                       "smoothing and mixup (Kornblith et al., NeurIPS 2021)")
-    group.add_argument("--image-size", type=positive_int, help="pixels that images are resized to (default: as the weights were trained)")
+    group.add_argument("--weights", metavar="NAME",
+                       help="a name such as IMAGENET1K_V2; a file: a torchvision state dict or a model.pt of this program; or "
+                            "none: random. Default: IMAGENET1K_V1 where the model has it, else torchvision's DEFAULT. For "
+                            "ResNets V1 is the plain softmax cross entropy recipe, whose features transfer better when frozen "
+                            "than those trained with label smoothing and mixup (Kornblith et al., NeurIPS 2021)")
+    group.add_argument("--image-size", type=positive_int, metavar="PIXELS",
+                       help="side that images are resized to (default: as the weights were trained)")
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive_int, default=5, help="passes over the training features")
-    group.add_argument("--batch-size", type=positive_int, default=64, help="images per step of the optimizer")
-    group.add_argument("--lr", type=positive_float, default=1e-3, help="Adam's learning rate at the start; it falls to 0 along a cosine")
-    group.add_argument("--augment", choices=VIEWS, default="none", help="views of each training image, one drawn at random per epoch: flip adds the "
-                       "mirror image (photographs), dihedral all eight flips and quarter turns (images from above)")
-    group.add_argument("--seed", type=int, default=0, help="of the new classifier, the order of images and the views drawn")
+    group.add_argument("--epochs", type=positive_int, default=5, metavar="N", help="passes over the training features")
+    group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images per step of the optimizer")
+    group.add_argument("--lr", type=positive_float, default=1e-3, metavar="RATE",
+                       help="Adam's learning rate at the start; it falls to 0 along a cosine")
+    group.add_argument("--augment", choices=VIEWS, default="none",
+                       help="views of each training image, one drawn at random per epoch: flip adds the mirror image (for "
+                            "photographs), dihedral all eight flips and quarter turns (for images from above)")
+    group.add_argument("--seed", type=seed_number, default=0, metavar="N",
+                       help="of the new classifier, the order of images and the views drawn")
     group = parser.add_argument_group("features remembered across runs")
-    group.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR", help="features are kept here by the content of image and "
-                       "network, so that a further run computes only what is new")
+    group.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR",
+                       help="features are kept here by the content of image and network; a further run computes what is new")
     group.add_argument("--no-cache", action="store_true", help="neither read nor write remembered features")
-    group.add_argument("--cache-limit", type=positive_float, default=20, metavar="GB", help="features unused for longest are removed beyond this size")
+    group.add_argument("--cache-limit", type=positive_float, default=20, metavar="GB",
+                       help="beyond this size, the features unused for longest are removed")
     add_hardware_options(parser)
     args = parser.parse_args(argv)
     if args.resume and args.restart:
@@ -83,20 +93,24 @@ def main(argv=None):
         return
     device = pick_device(args.device)
     classes, splits = read_tree(args.data)
-    unfinished = open_run(args, classes)
-    model, preprocessing, model_kwargs = load_pretrained(args.arch, args.weights, args.image_size, len(classes), args.seed)
-    frozen = FrozenModel(model, preprocessing, len(classes), device, args.precision)
-    data = extract_features(frozen, splits, feature_key(model, model_kwargs, frozen, args.arch), args)
-    head = standardised_head(frozen, data["train"][0])
-    history, best = train_head(head, data, args, classes, unfinished)
-    fold_standardisation(head, best["head"], model.get_submodule(find_head(model, len(classes))))
-    temperature = fit_temperature(head, *data["val"]) if "val" in data else 1.0
-    row = history[best["epoch"] - 1]
-    result = {"model": str(args.out / "model.pt"), "history": str(args.out / "history.csv"), "arch": args.arch, "epochs": len(history),
-              "best_epoch": best["epoch"], **{f"{split}_acc": row[f"{split}_acc"] for split in SPLITS}, "seconds": round(time.monotonic() - start, 1)}
-    save_model(args, model, model_kwargs, classes, preprocessing, temperature, row)
-    save_last(args, classes, finished=True)
-    print(json.dumps(result))
+    args.out.mkdir(parents=True, exist_ok=True)
+    with locked(args.out), tempfile.TemporaryFile(dir=args.out):  # a folder that cannot be written is better known now
+        settings = run_settings(args, classes, splits)
+        unfinished = read_unfinished(args, settings)
+        model, preprocessing, model_kwargs = load_pretrained(args, len(classes))
+        frozen = FrozenModel(model, preprocessing, len(classes), device, args.precision)
+        data = extract_features(frozen, splits, feature_key(model, model_kwargs, frozen, args.arch), args)
+        head = standardised_head(frozen, data["train"][0])
+        history, best = train_head(head, data, args, settings, unfinished)
+        fold_standardisation(head, best["head"], model.get_submodule(find_head(model, len(classes))))
+        temperature = fit_temperature(head, *data["val"]) if "val" in data else 1.0
+        row = history[best["epoch"] - 1]
+        save_model(args, model, model_kwargs, classes, preprocessing, temperature, row)
+        save_last(args, settings, finished=True)
+    print(json.dumps({"model": str(args.out / "model.pt"), "history": str(args.out / "history.csv"), "arch": args.arch,
+                      "epochs": len(history), "best_epoch": best["epoch"],
+                      **{f"{split}_acc": row[f"{split}_acc"] for split in SPLITS},
+                      "seconds": round(time.monotonic() - start, 1)}))
 
 
 # ---------------------------------------------------------------- what to train on, where to write
@@ -106,7 +120,7 @@ def read_tree(data: Path):
     if not data.is_dir():
         raise UserError(f"no such folder: {data}; make one with prepare_data.py")
     if not (data / "train").is_dir():
-        raise UserError(f"{data} has no train/ folder; make one with: prepare_data.py --source {data} --out <new folder>")
+        raise UserError(f"{data} has no train/ folder; make a tree with: prepare_data.py --source {data} --out <new folder>")
     classes, splits = None, {}
     for split in (name for name in SPLITS if (data / name).is_dir()):
         paths, classes, targets = read_split(data / split, classes)
@@ -123,31 +137,38 @@ def read_tree(data: Path):
     return classes, splits
 
 
-def open_run(args, classes: list[str]) -> dict | None:
-    """Make OUT, see that it can be written, and return the state of the unfinished run in it if --resume asks for that."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    with replacing(args.out / ".writable"):
-        pass
-    (args.out / ".writable").unlink()
+def read_unfinished(args, settings: dict) -> dict | None:
+    """The state of the unfinished run in OUT if --resume asks for it; None where there is none, or --restart discards it."""
     last = args.out / "last.pt"
-    state = read_torch_file(last) if last.exists() and not args.restart else {"finished": True}
+    if args.restart or not last.exists():
+        state = {"finished": True}
+    else:
+        state = read_torch_file(last)
+        if state.get("format") != RUN_FORMAT or state.get("version") != FORMAT_VERSION:
+            raise UserError(f"{last} is not the state of a run of this train.py; discard it with --restart")
     if state["finished"]:
         if args.resume:
             log(f"nothing to resume in {args.out}: starting")
         return None
     if not args.resume:
-        raise UserError(f"{args.out} holds an unfinished run ({len(state['history'])} epochs): go on with --resume, or discard it with --restart")
-    ours, theirs = run_arguments(args, classes), state["args"]
-    if different := [f"{key} was {theirs.get(key)}, is {ours[key]}" for key in ours if ours[key] != theirs.get(key)]:
+        raise UserError(f"{args.out} holds an unfinished run ({len(state['history'])} epochs done): "
+                        "go on with --resume, or discard it with --restart")
+    if different := [f"{key} was {state['settings'].get(key)}, is {value}" for key, value in settings.items()
+                     if value != state["settings"].get(key)]:
         raise UserError(f"cannot resume {args.out} with other arguments: {'; '.join(different)}")
     return state
 
 
-def run_arguments(args, classes: list[str] | None = None) -> dict:
-    """The arguments that shape the result, as plain values."""
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-              if key not in ("resume", "restart", "list_archs", "out", "workers", "cache", "no_cache", "cache_limit")}
-    return values | ({"classes": classes} if classes else {})
+def run_settings(args, classes: list[str], splits: dict) -> dict:
+    """All that shapes the result, as plain values: arguments, classes, and a digest of the names and sizes of the images."""
+    digest = hashlib.sha256()
+    for split, (paths, _) in splits.items():
+        for path in paths:
+            line = f"{split} {os.path.relpath(path, args.data)} {os.path.getsize(path)}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+    without = ("resume", "restart", "list_archs", "out", "workers", "cache", "no_cache", "cache_limit")
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in without}
+    return values | {"classes": classes, "images": digest.hexdigest()[:16]}
 
 
 # ---------------------------------------------------------------- the pre-trained model
@@ -156,34 +177,48 @@ def architectures() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def load_pretrained(arch: str, weights: str | None, image_size: int | None, classes: int, seed: int):
-    """Build torchvision's `arch` with pre-trained weights and a new classifier for `classes` classes.
+def load_pretrained(args, classes: int):
+    """Build torchvision's --arch with pre-trained weights and a new classifier for `classes` classes.
 
-    Returns the model, its preprocessing and the arguments that torchvision needs to build the same model again. An auxiliary
-    classifier (googlenet, inception_v3) serves only training from scratch and is removed.
+    Returns the model, its preprocessing and the arguments that torchvision needs to build the same model again. An
+    auxiliary classifier (googlenet, inception_v3) serves only training from scratch and is removed.
     """
-    if arch not in architectures():
-        near = difflib.get_close_matches(arch, architectures(), n=3)
-        raise UserError(f"unknown --arch {arch}; {'did you mean ' + ' or '.join(near) + '?' if near else 'see --list-archs'}")
-    entries = torchvision.models.get_model_weights(arch)
-    names = {entry.name: entry for entry in entries}
-    name = weights.rpartition("_Weights.")[2] if weights else "IMAGENET1K_V1" if "IMAGENET1K_V1" in names else entries.DEFAULT.name
-    default, outputs = names.get(name) or names.get("IMAGENET1K_V1") or entries.DEFAULT, 1000
-    preprocessing = preset(default)
+    if args.arch not in architectures():
+        near = difflib.get_close_matches(args.arch, architectures(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see --list-archs"
+        raise UserError(f"unknown --arch {args.arch}; {hint}")
+    entries = torchvision.models.get_model_weights(args.arch)
+    names = dict(entries.__members__)
+    name = args.weights or ("IMAGENET1K_V1" if "IMAGENET1K_V1" in names else "DEFAULT")
+    name = name.removeprefix(f"{entries.__name__}.")
+    default = names.get(name) or names.get("IMAGENET1K_V1") or entries.DEFAULT
+    preprocessing, outputs = preset(default), 1000
+    size = args.image_size or preprocessing["size"]
     if name in names:
-        model = download_pretrained(arch, default)
+        model = download_pretrained(args.arch, default)
     elif name == "none":
-        torch.manual_seed(seed)
-        model = build_model(arch, {})
-        log(f"warning: --weights none: {arch} starts from random weights, and the features of a frozen random network tell little")
-    elif Path(weights).exists():
-        model, outputs, preprocessing = read_pretrained(arch, Path(weights), preprocessing)
+        torch.manual_seed(args.seed)
+        model = fresh_model(args.arch, size)
+        log(f"warning: --weights none: {args.arch} is random; the features of a frozen random network tell little")
+    elif Path(name).exists():
+        model, outputs, preprocessing = read_pretrained(args.arch, Path(name), size, preprocessing)
     else:
-        raise UserError(f"--weights {weights}: neither a file nor one of {', '.join(names)}, none")
+        raise UserError(f"--weights {name}: neither a file nor one of {', '.join(names)}, none")
     remove_auxiliary(model)
-    replace_head(model, outputs, classes, seed)
-    settings = {key: getattr(model, key) for key in ("aux_logits", "transform_input", "image_size") if hasattr(model, key)}
-    return model, preprocessing | ({"size": image_size} if image_size else {}), {"num_classes": classes, **settings}
+    replace_head(model, outputs, classes, args.seed)
+    kwargs = {key: getattr(model, key) for key in ("aux_logits", "transform_input", "image_size") if hasattr(model, key)}
+    return model, preprocessing | ({"size": size} if args.image_size else {}), {"num_classes": classes, **kwargs}
+
+
+def fresh_model(arch: str, size: int) -> torch.nn.Module:
+    """torchvision's model with random weights and 1000 outputs; a ViT, which knows its image size, is made for this one."""
+    model = build_model(arch, {})
+    if getattr(model, "image_size", size) != size:
+        try:
+            model = build_model(arch, {"image_size": size})
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--image-size {size}: {arch} cannot take it: {one_line(error)}") from None
+    return model
 
 
 def preset(weights) -> dict:
@@ -197,25 +232,24 @@ def download_pretrained(arch: str, weights) -> torch.nn.Module:
     """torchvision's model with weights from its download cache or the network."""
     try:
         return torchvision.models.get_model(arch, weights=weights, progress=sys.stderr.isatty())
-    except (OSError, RuntimeError) as error:  # no network, HTTP errors; an interrupted download has an "invalid hash value"
-        raise UserError(f"cannot download {weights} from {weights.url}: {one_line(error)}; download it elsewhere and give the file "
-                        "with --weights FILE, or train from random weights with --weights none") from None
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # an interrupted download has an "invalid hash value"
+        raise UserError(f"cannot download {weights} from {weights.url}: {one_line(error)}; download it elsewhere and give the "
+                        "file with --weights FILE, or train from random weights with --weights none") from None
 
 
-def read_pretrained(arch: str, path: Path, preprocessing: dict):
+def read_pretrained(arch: str, path: Path, size: int, preprocessing: dict) -> tuple[torch.nn.Module, int, dict]:
     """Read weights from a file: (model, number of its classes, preprocessing). The file's classifier may have any class count.
 
-    A checkpoint of this program brings its own preprocessing, a plain state dict is taken to be trained with that given.
+    A checkpoint of this program brings its own preprocessing; a plain state dict is taken to be trained with that given.
     """
     content = read_torch_file(path)
     if is_checkpoint(content):
+        content, model = read_checkpoint(path)
         if content["arch"] != arch:
             raise UserError(f"{path} is a {content['arch']}; pass --arch {content['arch']}")
-        model = build_model(arch, content["model_kwargs"])
-        load_weights(model, content["state_dict"], path)
         return model, len(content["classes"]), content["preprocessing"]
-    model, outputs = build_model(arch, {}), 1000
-    if hasattr(model, "transform_input"):  # googlenet, inception_v3: ImageNet weights expect it, but a state dict cannot say so
+    model, outputs = fresh_model(arch, size), 1000
+    if hasattr(model, "transform_input"):  # googlenet, inception_v3: ImageNet weights expect it, a state dict cannot say so
         model.transform_input = True
     if not any(key.startswith(("aux1.", "AuxLogits.")) for key in content):
         remove_auxiliary(model)
@@ -256,7 +290,7 @@ def replace_head(model: torch.nn.Module, outputs: int, classes: int, seed: int =
 # ---------------------------------------------------------------- features, once per image and view
 
 def extract_features(frozen: FrozenModel, splits: dict, key: dict, args) -> dict:
-    """The frozen backbone's features of every image: {split: (features [views, N, D], targets [N])}, on its device where they fit.
+    """The frozen backbone's features of every image: {split: (features [views, N, D], targets [N])}, on its device if they fit.
 
     The train split has a row for each view of --augment, the others one for the image as it is. What the cache knows is
     read, the rest goes through the backbone, once. Raises ImageError at the first image that cannot be read.
@@ -279,7 +313,8 @@ def extract_features(frozen: FrozenModel, splits: dict, key: dict, args) -> dict
     waiting = iter(todo)
     try:
         with Progress("features", count) as progress:
-            for batch in read_batches((splits[split][0][row] for split, row, *_ in todo), frozen.preprocessing, frozen.batch_size, args.workers):
+            paths = (splits[split][0][row] for split, row, *_ in todo)
+            for batch in read_batches(paths, frozen.preprocessing, frozen.batch_size, args.workers):
                 compute_batch(frozen, [(pixels, *next(waiting)) for _, pixels in batch], data, stores, progress)
     finally:  # a pass that is stopped goes on from here
         for store in stores.values():
@@ -292,19 +327,21 @@ def extract_features(frozen: FrozenModel, splits: dict, key: dict, args) -> dict
 def feature_key(model: torch.nn.Module, model_kwargs: dict, frozen: FrozenModel, arch: str) -> dict:
     """All that features depend on, but for the image and its view."""
     return {"version": 1, "arch": arch, "weights": hash_weights(model, find_head(model, model_kwargs["num_classes"])),
-            "model": {key: value for key, value in model_kwargs.items() if key != "num_classes"}, "preprocessing": frozen.preprocessing,
-            "precision": str(frozen.dtype), "device": frozen.device.type, "machine": platform.machine(), "libraries": library_versions()}
+            "model": {key: value for key, value in model_kwargs.items() if key != "num_classes"},
+            "preprocessing": frozen.preprocessing, "precision": str(frozen.dtype), "device": frozen.device.type,
+            "machine": platform.machine(), "libraries": library_versions()}
 
 
 def compute_batch(frozen: FrozenModel, batch: list, data: dict, stores: dict, progress: Progress):
-    """Run a batch of (pixels, split, row, hash, [(number, view)]) through the backbone, view by view, into `data` and `stores`."""
+    """Run a batch of (pixels, split, row, hash, [(number, view)]) through the backbone, into `data` and `stores`."""
     if bad := [pixels for pixels, *_ in batch if isinstance(pixels, ImageError)]:
         raise bad[0]
     for (turns, mirrored), store in stores.items():
         chosen = [(*item, number) for *item, numbered in batch for number, view in numbered if view == (turns, mirrored)]
         if chosen:
             pixels = torch.stack([pixels for pixels, *_ in chosen])
-            features = frozen.features(torch.rot90(pixels.flip(-1) if mirrored else pixels, turns, (-2, -1))).to("cpu", frozen.dtype)
+            seen = torch.rot90(pixels.flip(-1) if mirrored else pixels, turns, (-2, -1))
+            features = frozen.features(seen).to("cpu", frozen.dtype)
             for feature, (_, split, row, _, number) in zip(features, chosen):
                 data[split][0][number, row] = feature
             store.add([sha256 for _, _, _, sha256, _ in chosen], features)
@@ -334,7 +371,7 @@ def hash_weights(model: torch.nn.Module, without: str) -> str:
 
 
 def allocate(shape: tuple, dtype: torch.dtype, folder: Path) -> torch.Tensor:
-    """A tensor for features: in memory, or, where it would take more than a third of the machine's, mapped from a nameless file."""
+    """A tensor for features: in memory, or, where it would take more than a third of the machine's, mapped from a file."""
     size = math.prod(shape)
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -359,10 +396,10 @@ def place(features: torch.Tensor, targets: torch.Tensor, device: torch.device) -
 
 
 class FeatureStore:
-    """Features on disk, by content: a folder for all that they depend on but the image, in it rows under the image file's SHA-256.
+    """Features on disk, by content: a folder for all that they depend on but the image, in it rows by the image's SHA-256.
 
-    A file of rows is named by the SHA-256 of its own bytes and never changes, so a damaged one shows, and runs side by side
-    cannot harm each other. What cannot be read is computed again, what cannot be written costs a warning.
+    A file of rows is named by the SHA-256 of its own bytes and never changes, so a damaged one shows, and runs side by
+    side cannot harm each other. What cannot be read is computed again, what cannot be written costs a warning.
     """
 
     def __init__(self, cache: Path | None, key: dict):
@@ -440,24 +477,28 @@ def prune_cache(cache: Path, limit: float):
 # ---------------------------------------------------------------- the head
 
 def standardised_head(frozen: FrozenModel, features: torch.Tensor) -> torch.nn.Sequential:
-    """The trainable head behind a fixed layer that standardises features [views, N, D] by their mean and deviation over the train split.
+    """The trainable head behind a fixed layer that standardises train's features [views, N, D] by their mean and deviation.
 
-    Raw features differ in scale by orders of magnitude, and one learning rate cannot suit them all. Without a bias to take
-    the mean in (maxvit_t), only the scale is standardised. `fold_standardisation` undoes the layer after training.
+    Raw features differ in scale by orders of magnitude, and one learning rate cannot suit them all. Without a bias to
+    take the mean in (maxvit_t), only the scale is standardised. `fold_standardisation` undoes the layer after training.
     """
     layers = copy.deepcopy(frozen.head)  # the model's own classifier gets the folded weights, at the end
-    unflatten, linear, *behind = layers if isinstance(layers[0], torch.nn.Unflatten) else (torch.nn.Identity(), *layers)
+    if not isinstance(layers[0], torch.nn.Unflatten):
+        layers.insert(0, torch.nn.Identity())
+    unflatten, linear, *behind = layers
     channels = linear.weight.shape[1]
     mean, square = torch.zeros(2, channels, dtype=torch.float64)
     for rows in features.flatten(0, 1).split(4096):
-        rows = rows.to(torch.float64).view(len(rows), channels, -1).cpu()
+        rows = rows.cpu().double().view(len(rows), channels, -1)
         mean += rows.sum((0, 2))
         square += rows.square().sum((0, 2))
-    count = features.numel() / channels
-    mean, var = mean / count, (square / count - (mean / count).square()).clamp(min=0)
+    mean /= features.numel() / channels
+    var = square / (features.numel() / channels) - mean.square()
+    if not var.isfinite().all():
+        raise UserError("the network's features are not finite: its weights are damaged, or want another --precision")
     layer = torch.nn.BatchNorm1d if isinstance(linear, torch.nn.Linear) else torch.nn.BatchNorm2d
     standardise = layer(channels, affine=False, eps=0).eval()
-    standardise.running_var = (var + 1e-4 * var.mean()).float()  # a channel that hardly ever fires is not blown up
+    standardise.running_var = var.clamp(min=1e-4 * var.mean() + 1e-30).float()  # what hardly ever fires is not blown up
     if linear.bias is not None:
         standardise.running_mean = mean.float()
     return torch.nn.Sequential(unflatten, standardise, linear, *behind).to(frozen.device).requires_grad_(True)
@@ -466,16 +507,16 @@ def standardised_head(frozen: FrozenModel, features: torch.Tensor) -> torch.nn.S
 def fold_standardisation(head: torch.nn.Sequential, trained: dict, target: torch.nn.Module):
     """Load `trained` into the head, then multiply the standardisation into the plain classifier `target`: the same function."""
     head.load_state_dict(trained)
-    standardise, linear = head[1], head[2]
+    mean, var, weight, bias = (tensor if tensor is None else tensor.detach().cpu().double() for tensor in
+                               (head[1].running_mean, head[1].running_var, head[2].weight, head[2].bias))
+    weight = weight / var.sqrt().view(1, -1, *[1] * (weight.dim() - 2))
     with torch.no_grad():
-        shape = (1, -1) + (1,) * (linear.weight.dim() - 2)
-        weight = linear.weight.double() / standardise.running_var.double().sqrt().view(shape)
-        target.weight.copy_(weight)
-        if linear.bias is not None:
-            target.bias.copy_(linear.bias.double() - weight.flatten(1) @ standardise.running_mean.double())
+        target.weight.copy_(weight.float())
+        if bias is not None:
+            target.bias.copy_((bias - weight.flatten(1) @ mean).float())
 
 
-def train_head(head: torch.nn.Module, data: dict, args, classes: list[str], state: dict | None) -> tuple[list[dict], dict]:
+def train_head(head: torch.nn.Module, data: dict, args, settings: dict, state: dict | None) -> tuple[list[dict], dict]:
     """Train with cross entropy and Adam; returns the history and the best epoch: highest val accuracy, then lowest val loss.
 
     After each epoch every split is measured, OUT/history.csv and OUT/last.pt are rewritten. `state` is an earlier last.pt.
@@ -494,7 +535,7 @@ def train_head(head: torch.nn.Module, data: dict, args, classes: list[str], stat
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.monotonic()
         row = {"epoch": epoch, "lr": schedule.get_last_lr()[0]}
-        generator = torch.Generator().manual_seed(hash((args.seed, epoch)))  # so that an epoch does not depend on those before it
+        generator = torch.Generator().manual_seed(hash((args.seed, epoch)))  # an epoch does not depend on those before
         order = torch.randperm(len(targets), generator=generator).to(targets.device)
         views = torch.randint(len(features), targets.shape, generator=generator).to(targets.device)
         for rows in order.split(args.batch_size):
@@ -507,6 +548,8 @@ def train_head(head: torch.nn.Module, data: dict, args, classes: list[str], stat
         for split in SPLITS:
             row[f"{split}_loss"], row[f"{split}_acc"] = measure(head, *data[split]) if split in data else (None, None)
         row["seconds"] = round(time.monotonic() - start, 3)
+        if not math.isfinite(row["train_loss"]):
+            raise UserError(f"the loss became {row['train_loss']} in epoch {epoch} at learning rate {row['lr']:g}; lower --lr")
         history.append(row)
         score = (row["val_acc"], -row["val_loss"]) if "val" in data else (epoch, 0)
         if best is None or score > tuple(best["score"]):
@@ -514,13 +557,13 @@ def train_head(head: torch.nn.Module, data: dict, args, classes: list[str], stat
         log(f"epoch {epoch}/{args.epochs}  " + "  ".join(
             f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in data))
         write_history(args.out / "history.csv", history)
-        save_last(args, classes, finished=False, head=head.state_dict(), optimizer=optimizer.state_dict(),
+        save_last(args, settings, finished=False, head=head.state_dict(), optimizer=optimizer.state_dict(),
                   schedule=schedule.state_dict(), history=history, best=best)
     return history, best
 
 
 def measure(head: torch.nn.Module, features: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
-    """Mean cross entropy in nats and accuracy in 0..1 of the head on features [views, N, D], of which it takes the first view."""
+    """Mean cross entropy in nats and accuracy in 0..1 of the head on the first view of features [views, N, D]."""
     loss = correct = 0.0
     for logits, wanted in zip(head_logits(head, features), targets.to(next(head.parameters()).device).split(4096)):
         loss += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
@@ -537,17 +580,19 @@ def head_logits(head: torch.nn.Module, features: torch.Tensor):
 
 def fit_temperature(head: torch.nn.Module, features: torch.Tensor, targets: torch.Tensor) -> float:
     """The temperature that minimises the cross entropy of logits / temperature on val (Guo et al., ICML 2017)."""
-    logits = torch.cat(list(head_logits(head, features))).double().cpu()
+    logits, targets = torch.cat(list(head_logits(head, features))).cpu().double(), targets.cpu()
+    if (logits.argmax(1) == targets).all():
+        return 1.0  # without a mistake on val, nothing tells how sure is too sure
     log_temperature = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(logits / log_temperature.exp(), targets.cpu())
+        loss = torch.nn.functional.cross_entropy(logits / log_temperature.exp(), targets)
         loss.backward()
         return loss
     optimizer.step(closure)
-    return log_temperature.detach().exp().clamp(0.05, 20).item()  # a val split without a mistake would ask for 0
+    return log_temperature.detach().exp().clamp(0.05, 20).item()
 
 
 # ---------------------------------------------------------------- files
@@ -559,20 +604,21 @@ def write_history(path: Path, history: list[dict]):
         writer.writerows(history)
 
 
-def save_last(args, classes: list[str], **state):
+def save_last(args, settings: dict, **state):
     """Write OUT/last.pt: the state of a run under way, or that it has finished."""
     with replacing(args.out / "last.pt", "wb") as file:
-        torch.save({"format": "training run", "version": CHECKPOINT_VERSION, "args": run_arguments(args, classes), **state}, file)
+        torch.save({"format": RUN_FORMAT, "version": FORMAT_VERSION, "settings": settings, **state}, file)
 
 
 def save_model(args, model, model_kwargs: dict, classes: list[str], preprocessing: dict, temperature: float, row: dict):
     """Write OUT/model.pt, the finished model, with everything that evaluate.py and predict.py need."""
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     with replacing(args.out / "model.pt", "wb") as file:
-        torch.save({"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "arch": args.arch, "model_kwargs": model_kwargs,
+        torch.save({"format": CHECKPOINT_FORMAT, "version": FORMAT_VERSION, "arch": args.arch, "model_kwargs": model_kwargs,
                     "classes": classes, "preprocessing": preprocessing, "temperature": temperature,
                     "state_dict": {key: value.cpu() for key, value in model.state_dict().items()},
-                    "metrics": row, "args": run_arguments(args),
-                    "versions": {"python": platform.python_version(), **library_versions()}}, file)
+                    "metrics": row, "args": arguments, "versions": {"python": platform.python_version(), **library_versions()}},
+                   file)
 
 
 def library_versions() -> dict[str, str]:

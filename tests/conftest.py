@@ -1,9 +1,12 @@
 """Shared by all tests: running a script as a user does, small made trees, and the real data where it is present."""
+import atexit
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +16,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("REAL_DATA", ROOT.parent / "shared"))
 sys.path.insert(0, str(ROOT))
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-of-tests-")  # nobody's own cache is read or written
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # The smallest useful run: random weights, small images, a model that runs in milliseconds.
 SMALL = ["--arch", "resnet18", "--weights", "none", "--image-size", "32", "--device", "cpu"]
 

@@ -107,9 +107,13 @@ def test_checkpoints_that_are_not_ours(run, trained, tmp_path, script, rest):
     torch.save(content["state_dict"], tmp_path / "plain.pt")
     torch.save({k: v for k, v in content.items() if k != "classes"}, tmp_path / "part.pt")
     torch.save({**content, "version": 99}, tmp_path / "new.pt")
-    torch.save({**content, "model_kwargs": {"num_classes": 7}}, tmp_path / "shape.pt")
+    torch.save({**content, "model_kwargs": {"num_classes": 7}}, tmp_path / "odd.pt")
+    torch.save({**content, "arch": "resnet34"}, tmp_path / "shape.pt")
+    torch.save({**content, "arch": "resnet1000"}, tmp_path / "arch.pt")
+    shutil.copy(trained.folder / "last.pt", tmp_path / "run.pt")
     for name, words in (("cut", "damaged"), ("empty", "damaged"), ("text", "damaged"), ("evil", "refused"), ("plain", "state dict"),
-                        ("part", "incomplete"), ("new", "version 99"), ("shape", "fc.weight"), ("absent", "no such file")):
+                        ("part", "lacks classes"), ("odd", "contradicts"), ("arch", "cannot build"),
+                        ("run", "give the model.pt"), ("new", "version 99"), ("shape", "layer1.2.conv1.weight"), ("absent", "no such file")):
         error, = run(script, "--checkpoint", tmp_path / f"{name}.pt", *rest, code=2).error
         assert words in error and f"{name}.pt" in error
     assert not marker.exists()

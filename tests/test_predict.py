@@ -91,9 +91,27 @@ def test_shapes_and_modes(run, trained, tmp_path):
     assert [row["class"] for row in rows] == ["red", "red", "green", "blue", "blue"]
 
 
-def test_folder_without_images(run, trained, tmp_path):
+def test_folder_without_images(run, trained, images, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "empty" in run("predict", "--checkpoint", trained.model, tmp_path / "empty", code=2).error[0]
+    result = run("predict", "--checkpoint", trained.model, images, tmp_path / "empty", code=2)
+    assert "empty" in result.error[0] and result.out == ""
+
+
+def test_names_of_any_bytes(trained, images, tmp_path):
+    name = images / "caf\udce9 $x$ \n.png"
+    try:
+        (images / "0.png").rename(name)
+    except OSError:
+        pytest.skip("the file system allows only UTF-8 names")
+    done = command("predict", "--checkpoint", trained.model, images, "--plot", tmp_path / "plot.png", errors="surrogateescape")
+    assert done.returncode == 0 and [row["path"] for row in records(done.stdout)][2] == str(name)
+    done = command("predict", "--checkpoint", trained.model, "-", input=f"{images}/2.png\n{images}/caf\udce9.png\n", errors="surrogateescape")
+    assert done.returncode == 3 and [row["class"] for row in records(done.stdout)] == ["red", ""]
+
+
+def test_broken_exif_is_no_reason_to_refuse(run, trained, images):
+    Image.open(images / "2.png").save(images / "3.png", exif=b"II*\0")
+    assert records(run("predict", "--checkpoint", trained.model, images / "3.png").out)[0]["class"] == "red"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")

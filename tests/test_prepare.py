@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import command, make_tree, real, tile
+from conftest import command, make_tree, real
 from PIL import Image
 
 
@@ -127,11 +127,15 @@ def test_images_of_any_mode(run, source, tmp_path, mode):
     (lambda s: [shutil.rmtree(s / c) for c in ("red", "green")], "one class"),
     (lambda s: shutil.copy(s / "red" / "red 0.png", s / "loose.png"), "in no class folder"),
     (lambda s: shutil.rmtree(s), "no such file or folder"),
+    (lambda s: (s / "empty").mkdir(), "class folder without images: empty"),
+    (lambda s: [p.unlink() for p in sorted((s / "red").iterdir())[1:]] and [p.unlink() for c in ("green", "blue") for p in
+                sorted((s / c).iterdir())[2:]], None),
 ])
 def test_bad_sources(run, source, tmp_path, damage, words):
     damage(source)
-    error, = run("prepare_data", "--source", source, "--out", tmp_path / "new" / "out", code=2).error
-    assert words in error
+    extra = [] if words else ["--val", "0.45", "--test", "0.45"]
+    error, = run("prepare_data", "--source", source, "--out", tmp_path / "new" / "out", *extra, code=2).error
+    assert (words or "leave none for train") in error
     assert not (tmp_path / "new").exists()
 
 
@@ -169,6 +173,10 @@ def test_links_bombs_and_damaged_archives_are_refused(run, source, tmp_path):
     assert "damaged" in run("prepare_data", "--source", tmp_path / "cut.zip", "--out", tmp_path / "out", code=2).error[0]
     (tmp_path / "flip.zip").write_bytes(whole[:400] + b"\x55" * 8 + whole[408:])
     assert "damaged" in run("prepare_data", "--source", tmp_path / "flip.zip", "--out", tmp_path / "out", code=2).error[0]
+    shutil.make_archive(str(tmp_path / "s"), "xztar", source)
+    packed = (tmp_path / "s.tar.xz").read_bytes()
+    (tmp_path / "s.tar.xz").write_bytes(packed[:len(packed) // 2] + b"\x00" * 40 + packed[len(packed) // 2 + 40:])
+    assert "damaged" in run("prepare_data", "--source", tmp_path / "s.tar.xz", "--out", tmp_path / "out", code=2).error[0]
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
@@ -183,6 +191,63 @@ def test_existing_target_stands_until_forced(run, source, tmp_path):
     (source / "red" / "bad.jpg").unlink()
     run("prepare_data", "--source", source, "--out", out, "--force", "--val", 0)
     assert files(out) != before and not (out / "val").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_force_replaces_only_a_tree_of_ours(run, source, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    for out in (tmp_path / "home", source, source / "red", tmp_path, tmp_path / "home" / "thesis.tex"):
+        run("prepare_data", "--source", source, "--out", out, "--force", code=2)
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work" and len(list(source.rglob("*.png"))) == 60
+
+
+def test_parent_folders_and_links(run, source, tmp_path):
+    """A user's own empty folder stays; an OUT that is a link is made where it points."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    run("prepare_data", "--source", tmp_path / "none", "--out", tmp_path / "mine" / "a" / "b" / "out", code=2)
+    assert (tmp_path / "mine").exists() and not (tmp_path / "mine" / "a").exists()
+    for _ in range(2):
+        run("prepare_data", "--source", source, "--out", tmp_path / "link", "--force")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "splits.csv").exists()
+
+
+def test_leaks_of_a_split_source_are_told(run, tmp_path):
+    source = make_tree(tmp_path / "source", counts=(("train", 5), ("test", 5)))
+    shutil.copy(source / "train" / "red" / "red 0.png", source / "test" / "red" / "leak.png")
+    assert "1 images stand in more than one split" in run("prepare_data", "--source", source, "--out", tmp_path / "out", "--val", 0).err
+
+
+def test_per_class_samples_by_content(run, source, tmp_path):
+    shutil.copy(source / "red" / "red 0.png", source / "red" / "again.png")
+    for name, archive in (("a", source), ("b", pack(source, tmp_path / "s.zip"))):
+        result = run("prepare_data", "--source", archive, "--out", tmp_path / name, "--per-class", 10)
+        assert result.json["counts"]["train"] == {"blue": 7, "green": 7, "red": 7} and result.json["images"] == 30
+    hashes = [{row["sha256"] for row in rows(tmp_path / name)} for name in "ab"]
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 30
+    run("prepare_data", "--source", source, "--out", tmp_path / "c", "--per-class", 10, "--seed", 1)
+    assert {row["sha256"] for row in rows(tmp_path / "c")} != hashes[0]
+
+
+def test_links_in_circles_and_names_of_any_bytes(run, source, tmp_path):
+    (source / "red" / "loop").symlink_to(source)
+    try:
+        (source / "red" / "red 0.png").rename(source / "red" / "r\udce9d\n.png")
+    except OSError:
+        pytest.skip("the file system allows only UTF-8 names")
+    result = run("prepare_data", "--source", source, "--out", tmp_path / "out")
+    assert result.json["images"] >= 60
+    with open(tmp_path / "out" / "splits.csv", newline="", errors="surrogateescape") as file:
+        assert any("r\udce9d\n.png" in row["path"] for row in csv.DictReader(file))
+
+
+def test_a_second_preparation_waits_outside(run, source, tmp_path):
+    from common import locked
+    with locked(tmp_path / "out"):
+        run("prepare_data", "--source", source, "--out", tmp_path / "out", code=75)
+    run("prepare_data", "--source", source, "--out", tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_download(run, source, tmp_path, monkeypatch):

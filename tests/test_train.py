@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import torchvision
-from conftest import SMALL, command, make_tree, real
+from conftest import SMALL, command, make_tree, real, tile
 
 FIELDS = ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "seconds"]
 
@@ -129,11 +129,110 @@ def test_resume_ends_as_if_never_stopped(run, trained, tree, tmp_path, monkeypat
     error, = run("train", *args, code=2).error
     assert "--resume" in error and "--restart" in error
     assert "lr was 0.01, is 0.02" in run("train", *args, "--resume", "--lr", 0.02, code=2).error[0]
+    extra = tree / "train" / "red" / "more.png"
+    shutil.copy(tree / "train" / "red" / "red 0.png", extra)
+    assert "images was" in run("train", *args, "--resume", code=2).error[0]
+    extra.unlink()
     assert "resumed after epoch 2" in run("train", *args, "--resume").err
     assert same(load(out / "model.pt")["state_dict"], load(trained.model)["state_dict"])
     drop = [[{k: v for k, v in row.items() if k != "seconds"} for row in history(folder)] for folder in (out, trained.folder)]
     assert drop[0] == drop[1]
     assert "nothing to resume" in run("train", *args, "--resume").err
+
+
+def test_features_are_remembered_by_content(run, tree, tmp_path):
+    """Moved and renamed images are known, edited ones are not; the result is the same as without a cache."""
+    data = tmp_path / "data"
+    shutil.copytree(tree, data)
+    args = ["--data", data, "--epochs", 2, "--augment", "flip", "--cache", tmp_path / "cache", *SMALL]
+    assert "remembered in" in run("train", *args, "--out", tmp_path / "first").err
+    assert "174 remembered" in run("train", *args, "--out", tmp_path / "second").err
+    run("train", *args, "--out", tmp_path / "without", "--no-cache")
+    first, second, without = (load(tmp_path / name / "model.pt")["state_dict"] for name in ("first", "second", "without"))
+    assert same(first, second) and same(first, without)
+    (data / "train" / "red" / "red 0.png").rename(data / "train" / "red" / "x.png")
+    (data / "test" / "red" / "red 1.png").rename(data / "val" / "red" / "moved.png")
+    tile((190, 40, 40), "edited").save(data / "train" / "red" / "red 2.png")
+    assert "172 remembered" in (err := run("train", *args, "--out", tmp_path / "third").err) and "2 to compute" in err
+    changed = run("train", *args, "--out", tmp_path / "fourth", "--precision", "bf16").err
+    assert "to compute" not in changed  # nothing is known of another precision
+    result = run("train", *args, "--out", tmp_path / "fifth", "--image-size", 48, "--epochs", 8, "--lr", 0.01)
+    assert "to compute" not in result.err and result.json["test_acc"] > 0.9
+
+
+def test_a_damaged_cache_costs_a_warning(run, tree, tmp_path):
+    cache = tmp_path / "cache"
+    args = ["--data", tree, "--epochs", 1, "--cache", cache, *SMALL]
+    run("train", *args, "--out", tmp_path / "first")
+    file, = cache.glob("*/*.pt")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (file.parent / "foreign.pt").write_text("not ours")
+    result = run("train", *args, "--out", tmp_path / "second")
+    assert f"ignored {file}" in result.err and "foreign.pt" in result.err
+    assert "114 remembered" in run("train", *args, "--out", tmp_path / "third").err
+    assert (file.parent / "foreign.pt").read_text() == "not ours"
+    assert same(*(load(tmp_path / name / "model.pt")["state_dict"] for name in ("first", "second")))
+
+
+def test_the_cache_is_bounded_and_need_not_be_writable(run, tree, tmp_path):
+    cache = tmp_path / "cache"
+    for seed in (0, 1):
+        run("train", "--data", tree, "--epochs", 1, "--cache", cache, *SMALL, "--seed", seed, "--out", tmp_path / str(seed), "--cache-limit", 0.0003)
+    files = list(cache.glob("*/*.pt"))
+    assert len(files) == 1 and sum(file.stat().st_size for file in files) <= 3e5
+    (tmp_path / "file").write_text("in the way")
+    result = run("train", "--data", tree, "--epochs", 1, "--cache", tmp_path / "file" / "cache", *SMALL, "--out", tmp_path / "out")
+    assert "not remembered" in result.err and result.json["epochs"] == 1
+
+
+def test_an_interrupted_pass_goes_on_where_it_stopped(run, tree, tmp_path, monkeypatch):
+    import train
+    real_compute, calls = train.compute_batch, []
+
+    def stop(*positional):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real_compute(*positional)
+    monkeypatch.setattr(train, "compute_batch", stop)
+    args = ["--data", tree, "--epochs", 1, "--cache", tmp_path / "cache", "--out", tmp_path / "out", *SMALL]
+    run("train", *args, code=130)
+    monkeypatch.undo()
+    assert "48 remembered" in run("train", *args).err
+
+
+def test_features_beyond_memory_are_mapped(run, trained, tree, tmp_path, monkeypatch):
+    import train
+    monkeypatch.setattr(train, "MEMORY_SHARE", 0)
+    result = run("train", "--data", tree, "--epochs", 4, "--lr", 0.01, *SMALL, "--out", tmp_path / "out")
+    assert "mapped from disk" in result.err
+    assert same(load(tmp_path / "out" / "model.pt")["state_dict"], load(trained.model)["state_dict"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["history.csv", "last.pt", "model.pt"]
+
+
+def test_views_are_the_symmetries_of_a_square(run, tmp_path):
+    """Mirrored, left is right: a set that is easy without views cannot be learned with them."""
+    import random
+    from PIL import Image
+    for split in ("train", "val"):
+        for name in ("left", "right"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for number in range(12):
+                image = Image.new("RGB", (32, 32), (random.Random(f"{split}{name}{number}").randrange(60),) * 3)
+                image.paste((220, 220, 220), (0, 0, 16, 32) if name == "left" else (16, 0, 32, 32))
+                image.save(tmp_path / "data" / split / name / f"{number}.png")
+    args = ["--data", tmp_path / "data", "--epochs", 20, "--lr", 0.01, *SMALL]
+    for augment, low, high in (("none", 0, 0.2), ("flip", 0.45, 9)):
+        run("train", *args, "--out", tmp_path / augment, "--augment", augment)
+        assert low <= float(history(tmp_path / augment)[-1]["val_loss"]) < high
+
+
+def test_a_second_run_waits_outside(run, tree, tmp_path):
+    from common import locked
+    with locked(tmp_path / "out"):
+        run("train", "--data", tree, "--out", tmp_path / "out", *SMALL, code=75)
 
 
 def remove(path):
@@ -161,7 +260,8 @@ def test_bad_trees(run, tree, tmp_path, damage, words):
 @pytest.mark.parametrize("argv, words", [
     (["--epochs", "0"], "--epochs"), (["--batch-size", "0"], "--batch-size"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
     (["--arch", "resnet5"], "resnet50"), (["--device", "tpu"], "tpu"), (["--device", "cuda:99"], "not available"),
-    (["--weights", "IMAGENET1K_V9"], "IMAGENET1K_V1"), (["--weights", "no/such.pth"], "no/such.pth"),
+    (["--weights", "IMAGENET1K_V9"], "IMAGENET1K_V1"), (["--weights", "MobileNet_V2_Weights.IMAGENET1K_V1"], "IMAGENET1K_V1"),
+    (["--seed", "-1"], "--seed"), (["--seed", "99999999999999999999"], "--seed"), (["--weights", "no/such.pth"], "no/such.pth"),
     (["--image-size", "1"], "--image-size 1"), (["--arch", "vit_b_16", "--image-size", "200"], "--image-size 200"),
     (["--resume", "--restart"], "exclude"),
 ])
@@ -170,11 +270,22 @@ def test_bad_arguments(run, tree, tmp_path, argv, words):
     assert words in error
 
 
+def test_training_that_cannot_work_says_so(run, tree, tmp_path):
+    error, = run("train", "--data", tree, "--out", tmp_path / "out", "--lr", 1e37, *SMALL, code=2).error
+    assert "lower --lr" in error and not (tmp_path / "out" / "model.pt").exists()
+    weights = torchvision.models.resnet18().state_dict()
+    weights["layer4.1.conv2.weight"][0] = float("nan")
+    torch.save(weights, tmp_path / "nan.pth")
+    error, = run("train", "--data", tree, "--out", tmp_path / "out", "--restart", "--arch", "resnet18", "--image-size", 32, "--weights", tmp_path / "nan.pth", code=2).error
+    assert "not finite" in error
+
+
 def test_weights_that_do_not_fit(run, trained, tree, tmp_path):
     torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("no weights")
-    for weights, words in (("other.pth", "missing (conv1.weight"), ("list.pth", "list"), ("text.pth", "damaged"), (trained.model, "--arch resnet18")):
+    torch.save({1: 2}, tmp_path / "numbers.pth")
+    for weights, words in (("numbers.pth", "by name"), ("other.pth", "missing (conv1.weight"), ("list.pth", "a list"), ("text.pth", "damaged"), (trained.model, "--arch resnet18")):
         arch = "resnet50" if weights == trained.model else "resnet18"
         error, = run("train", "--data", tree, "--out", tmp_path / "out", "--arch", arch, "--weights", tmp_path / weights, code=2).error
         assert words in error and str(tmp_path / weights) in error
@@ -196,13 +307,16 @@ def test_unwritable_output(run, tree, tmp_path):
 
 
 def test_help_is_instant_and_archs_are_listed():
-    import resource
+    resource = pytest.importorskip("resource")  # not on Windows
     for script in ("prepare_data", "train", "evaluate", "predict"):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = command(script, "--help")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0 and "example:" in done.stdout and "exit codes:" in done.stdout
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4, script  # 0.2 s, with room for a busy machine
+        seconds = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            done = command(script, "--help")
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+            assert done.returncode == 0 and "example:" in done.stdout and "exit codes:" in done.stdout
+        assert min(seconds) < 0.25, script  # 0.1 s on an idle machine
     assert command("train", "--epochs", "0").returncode == 2
     assert command("train", "--list-archs").stdout.split() == torchvision.models.list_models(module=torchvision.models)
 
