@@ -1,0 +1,153 @@
+"""Timing that anyone can repeat: the feature pass against the bare forward, and the whole command against the notebook way.
+
+    python tests/benchmark.py pass --data data/eurosat --arch resnet50
+    python tests/benchmark.py compare --data data/eurosat100 --weights none
+
+`pass` measures in turn, several rounds: a matrix product, the frozen backbone on images in memory, the backbone as a notebook
+runs it (fp32, NCHW, batches of 64, BatchNorm not folded), and the pass from files to features; it prints medians and ratios.
+`compare` runs, in turn: the notebook way (`notebook`, below), train.py with an empty cache, train.py again.
+"""
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("pass", "compare", "notebook"))
+    parser.add_argument("--data", type=Path, default=Path("data/eurosat"))
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--weights", default="none", help="a torchvision state dict, or none: speed does not depend on it")
+    parser.add_argument("--images", type=int, default=256, help="pass: images per round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--device", help="as in train.py")
+    parser.add_argument("--precision", default="auto")
+    return parser.parse_args()
+
+
+def seconds(work, device) -> float:
+    import torch
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_pass(args):
+    import torch
+    import torchvision
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from common import FrozenModel, pick_device, read_batches, read_split
+    device = pick_device(args.device)
+    model = torchvision.models.get_model(args.arch, num_classes=10).eval()
+    preprocessing = {"size": 224, "interpolation": "bilinear", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    frozen = FrozenModel(model, preprocessing, 10, device, args.precision)
+    paths = read_split(args.data / "train")[0]
+    paths = paths[::max(1, len(paths) // args.images)][:args.images]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 224, 224))
+    flops = counter.get_total_flops()
+    n = 4096 if device.type == "cpu" else 16384
+    matrix = torch.randn(n, n, device=device, dtype=frozen.dtype)
+    images = torch.randn(frozen.batch_size, 3, 224, 224, device=device, dtype=frozen.dtype).to(memory_format=torch.channels_last)
+    plain_model, plain_images = torchvision.models.get_model(args.arch, num_classes=10).eval().to(device), torch.randn(64, 3, 224, 224, device=device)
+
+    def bare():
+        with torch.inference_mode():
+            for _ in range(max(1, len(paths) // frozen.batch_size)):
+                frozen.backbone(images)
+
+    def plain():
+        with torch.no_grad():
+            for _ in range(max(1, len(paths) // 64)):
+                plain_model(plain_images)
+
+    def from_files():
+        for batch in read_batches(paths, preprocessing, frozen.batch_size):
+            frozen.features(torch.stack([pixels for _, pixels in batch])).cpu()
+    works = {"matrix": lambda: matrix @ matrix, "bare": bare, "plain": plain, "pass": from_files}
+    amounts = {"matrix": 2 * n ** 3 / flops, "bare": max(1, len(paths) // frozen.batch_size) * frozen.batch_size,
+               "plain": max(1, len(paths) // 64) * 64, "pass": len(paths)}
+    for work in works.values():
+        work()
+    rates = {name: [] for name in works}
+    for _ in range(args.rounds):
+        for name, work in works.items():
+            rates[name].append(amounts[name] / seconds(work, device))
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    print(f"{args.arch}, 224 px, {frozen.dtype}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {flops / 1e9:.2f} GFLOP/image")
+    for name, text in (("matrix", f"matrix product, {middle['matrix'] * flops / 1e9:.0f} GFLOP/s, as images"), ("bare", "bare forward"),
+                       ("plain", "forward as a notebook does it"), ("pass", "pass, files to features")):
+        print(f"{text:42} {middle[name]:8.1f} img/s   ({min(rates[name]):.1f} to {max(rates[name]):.1f})")
+    for a, b in (("pass", "bare"), ("bare", "matrix"), ("bare", "plain")):
+        ratios = [x / y for x, y in zip(rates[a], rates[b])]
+        print(f"{a} / {b}: {statistics.median(ratios):.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def notebook(args):
+    """What tutorials do: the frozen network runs over every image in every epoch."""
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader
+    from torchvision import datasets, models, transforms
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    transform = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor(),
+                                    transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    train_set, test_set = (datasets.ImageFolder(args.data / split, transform) for split in ("train", "test"))
+    train_loader = DataLoader(train_set, batch_size=64, shuffle=True, num_workers=2)
+    test_loader = DataLoader(test_set, batch_size=64, num_workers=2)
+    model = models.get_model(args.arch)
+    if args.weights != "none":
+        model.load_state_dict(torch.load(args.weights, weights_only=True))
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    model.fc = nn.Linear(model.fc.in_features, len(train_set.classes))
+    model.to(device)
+    optimizer = torch.optim.Adam(model.fc.parameters(), lr=1e-3)
+    for epoch in range(args.epochs):
+        model.train()
+        for images, labels in train_loader:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
+            loss.backward()
+            optimizer.step()
+        model.eval()
+        correct = 0
+        with torch.no_grad():
+            for images, labels in test_loader:
+                correct += (model(images.to(device)).argmax(1).cpu() == labels).sum().item()
+        print(f"epoch {epoch + 1} test accuracy {correct / len(test_set):.4f}", flush=True)
+
+
+def compare(args):
+    with tempfile.TemporaryDirectory() as folder:
+        common = ["--data", args.data, "--arch", args.arch, "--weights", args.weights, "--epochs", args.epochs]
+        train = [ROOT / "train.py", *common, "--out", f"{folder}/run", "--cache", f"{folder}/cache"]
+        ways = {"notebook": [__file__, "notebook", *common], "cold": train, "warm": train}
+        times = {name: [] for name in ways}
+        for number in range(args.rounds):
+            shutil.rmtree(f"{folder}/cache", ignore_errors=True)
+            for name, command in ways.items():
+                start = time.perf_counter()
+                subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                times[name].append(time.perf_counter() - start)
+                print(f"round {number + 1}  {name:9} {times[name][-1]:8.1f} s", flush=True)
+        for name in ("cold", "warm"):
+            ratios = [a / b for a, b in zip(times["notebook"], times[name])]
+            print(f"notebook / {name}: {statistics.median(ratios):.1f}   ({min(ratios):.1f} to {max(ratios):.1f})")
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    {"pass": measure_pass, "compare": compare, "notebook": notebook}[arguments.what](arguments)
