@@ -108,13 +108,14 @@ def make_parser(script: str, doc: str, example: str) -> argparse.ArgumentParser:
 
 
 def add_hardware_options(parser: argparse.ArgumentParser):
-    """Add the options of everything that runs a model: --device, --precision, --workers."""
+    """Add the options of everything that runs a model: --device, --precision, --workers. Returns their group."""
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: CUDA, else MPS, else CPU)")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                        help="of the backbone; auto is bf16 where the processor computes in it natively, else fp32")
     group.add_argument("--workers", type=positive_int, metavar="N",
                        help="threads that read images (default: 2 per core, at most 16)")
+    return group
 
 
 def positive_int(text: str) -> int:
@@ -418,9 +419,11 @@ class FrozenModel:
     in float32. The model given is not changed, but its head is moved to the device.
     """
 
-    def __init__(self, model: torch.nn.Module, preprocessing: dict, outputs: int, device: torch.device, precision: str):
+    def __init__(self, model: torch.nn.Module, preprocessing: dict, outputs: int, device: torch.device, precision: str,
+                 compiled: bool = False):
         self.device, self.dtype, self.preprocessing = device, pick_precision(precision, device), preprocessing
         self.batch_size = 16 if device.type == "cpu" else 128  # 16 images keep a CPU's cores busy and its caches warm
+        self.compiled = compiled
         self.model, name = model, find_head(model, outputs)
         parent, head = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
         siblings = dict(parent.named_children()) if isinstance(parent, torch.nn.Sequential) else {}
@@ -448,20 +451,32 @@ class FrozenModel:
             backbone.set_submodule(name, torch.nn.Identity())
         backbone = fold_batchnorm(backbone).to(self.device, self.dtype, memory_format=torch.channels_last)
         size = self.preprocessing["size"]
-        try:
-            with torch.inference_mode():
-                backbone(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise UserError(f"--image-size {size}: {type(self.model).__name__} cannot take images of {size} pixels "
-                            f"({one_line(error)[:120]})") from None
+        images = torch.zeros(self.batch_size, 3, size, size, device=self.device, dtype=self.dtype)
+        images = images.to(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            try:
+                backbone(images[:1])
+            except (RuntimeError, AssertionError, ValueError) as error:
+                raise UserError(f"--image-size {size}: {type(self.model).__name__} cannot take images of {size} pixels "
+                                f"({one_line(error)[:120]})") from None
+            if self.compiled:
+                backbone = torch.compile(backbone, dynamic=False, options={"freezing": True})
+                try:
+                    backbone(images)
+                except Exception as error:  # the compiler's own kinds; most often there is no C++ compiler
+                    raise UserError(f"--compile does not work here, run without it: {one_line(error)[:200]}") from None
         return backbone
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [B, 3, S, S] on any device -> float32 features [B, D] on this model's device."""
         with torch.inference_mode():
+            pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels  # bytes over the bus, and not waited for
             images = pixels.to(self.device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
             mean, std = (torch.tensor(self.preprocessing[key], device=self.device).view(3, 1, 1) for key in ("mean", "std"))
-            return self.backbone(images.sub_(255 * mean).div_(255 * std).to(self.dtype)).float()
+            images = images.sub_(255 * mean).div_(255 * std).to(self.dtype)
+            if self.compiled and len(images) < self.batch_size:  # compiled for one shape: a short batch is filled up
+                images = torch.cat([images, images[:1].expand(self.batch_size - len(images), -1, -1, -1)])
+            return self.backbone(images)[:len(pixels)].float()
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Features [B, D] -> logits [B, classes], float32."""

@@ -73,7 +73,9 @@ def parse_args(argv):
     group.add_argument("--no-cache", action="store_true", help="neither read nor write remembered features")
     group.add_argument("--cache-limit", type=positive_float, default=20, metavar="GB",
                        help="beyond this size, the features unused for longest are removed")
-    add_hardware_options(parser)
+    add_hardware_options(parser).add_argument(
+        "--compile", action="store_true", help="compile the network first: pays after some thousand images on a CPU, and "
+        "needs a C++ compiler")
     args = parser.parse_args(argv)
     if args.resume and args.restart:
         parser.error("--resume and --restart exclude each other")
@@ -98,7 +100,7 @@ def main(argv=None):
         settings = run_settings(args, classes, splits)
         unfinished = read_unfinished(args, settings)
         model, preprocessing, model_kwargs = load_pretrained(args, len(classes))
-        frozen = FrozenModel(model, preprocessing, len(classes), device, args.precision)
+        frozen = FrozenModel(model, preprocessing, len(classes), device, args.precision, args.compile)
         data = extract_features(frozen, splits, feature_key(model, model_kwargs, frozen, args.arch), args)
         head = standardised_head(frozen, data["train"][0])
         history, best = train_head(head, data, args, settings, unfinished)
@@ -166,7 +168,7 @@ def run_settings(args, classes: list[str], splits: dict) -> dict:
         for path in paths:
             line = f"{split} {os.path.relpath(path, args.data)} {os.path.getsize(path)}\n"
             digest.update(line.encode(errors="surrogateescape"))
-    without = ("resume", "restart", "list_archs", "out", "workers", "cache", "no_cache", "cache_limit")
+    without = ("resume", "restart", "list_archs", "out", "workers", "cache", "no_cache", "cache_limit", "compile")
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in without}
     return values | {"classes": classes, "images": digest.hexdigest()[:16]}
 

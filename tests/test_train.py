@@ -229,6 +229,14 @@ def test_views_are_the_symmetries_of_a_square(run, tmp_path):
         assert low <= float(history(tmp_path / augment)[-1]["val_loss"]) < high
 
 
+def test_compiled_is_the_same_function(run, trained, tree, tmp_path):
+    if not shutil.which("g++") and not shutil.which("clang++"):
+        pytest.skip("needs a C++ compiler")
+    run("train", "--data", tree, "--out", tmp_path / "out", "--epochs", 4, "--lr", 0.01, *SMALL, "--compile", "--no-cache")
+    ours, theirs = (load(folder / "model.pt")["metrics"] for folder in (tmp_path / "out", trained.folder))
+    assert ours["test_loss"] == pytest.approx(theirs["test_loss"], abs=1e-3)
+
+
 def test_a_second_run_waits_outside(run, tree, tmp_path):
     from common import locked
     with locked(tmp_path / "out"):
