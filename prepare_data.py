@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import lzma
@@ -32,6 +33,7 @@ from common import (SPLITS, ImageError, Progress, UserError, command, file_hash,
 # The address and checksum that torchvision's datasets.EuroSAT uses.
 EUROSAT_URL = "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip"
 EUROSAT_MD5 = "c8fa014336c82ac7804f0398fcb19387"
+REQUEST_FILE = ".prepared.json"  # in OUT: the request that made it
 # An archive may unpack to this many times its own size; below the floor, to anything. Images hardly compress.
 UNPACK_RATIO, UNPACK_FLOOR = 20, 1 << 30
 
@@ -42,29 +44,50 @@ def parse_args(argv):
     group.add_argument("--source", type=Path, metavar="PATH",
                        help="a folder, zip or tar of class folders of images; wrapping folders are looked through, and "
                             "folders train/, val/, test/ of class folders are kept as they are")
+    group.add_argument("--url", help="download a zip or tar from here (http, https, file); needs --sha256 or --md5. It is kept "
+                                     "beside OUT, and an interrupted download goes on where it stopped")
+    group.add_argument("--sha256", type=str.lower, metavar="SUM", help="checksum of what --url gives")
+    group.add_argument("--md5", type=str.lower, metavar="SUM", help="likewise")
     group.add_argument("--synthetic", action="store_true",
                        help="draw a demonstration set: 10 classes of 64x64 tiles that look a little like land cover; needs "
                             "no network, and says nothing about real images")
     group.add_argument("--per-class", type=positive_int, metavar="N",
-                       help="take a sample of N images of each class (of each split, where the source is split already); with "
-                            "--synthetic, draw N (default: all; with --synthetic 100)")
+                       help="take a sample of N images of each class before splitting (of each class and split, where the "
+                            "split is given); with --synthetic, draw N (default: all; with --synthetic 100)")
+    group.add_argument("--on-bad", choices=("fail", "skip"), default="fail",
+                       help="an image that cannot be read: end, naming it, or leave it out and list it in OUT/rejected.csv")
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, metavar="DIR",
                        help="the tree to make (default: data/eurosat, with --synthetic data/synthetic)")
     group.add_argument("--force", action="store_true",
                        help="replace the tree at OUT; the old one stands until the new one is complete")
+    group.add_argument("--update", action="store_true",
+                       help="add what is new in the source to the tree at OUT; every image there keeps its split")
+    group.add_argument("--link", choices=("copy", "hard"), default="copy",
+                       help="hard: images in OUT are the very files of a source folder on the same file system, so a change of "
+                            "one is a change of both")
+    group.add_argument("--dry-run", action="store_true", help="show what would be made, and make nothing")
     group = parser.add_argument_group("split")
     group.add_argument("--val", type=fraction, default=0.1, metavar="SHARE",
                        help="share of each class for choosing epochs and settings; 0: no val/")
     group.add_argument("--test", type=fraction, default=0.2, metavar="SHARE",
                        help="share of each class for the final measurement; 0: no test/")
+    group.add_argument("--splits", type=Path, metavar="PATH",
+                       help="a split made before: a splits.csv of this program, or a folder with train.txt, test.txt and "
+                            "perhaps val.txt that name files, one a line, with or without class folder")
     group.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of the split and of all drawing")
     args = parser.parse_args(argv)
-    if args.source and args.synthetic:
-        parser.error("--source and --synthetic exclude each other")
+    if sum(map(bool, (args.source, args.url, args.synthetic))) > 1:
+        parser.error("--source, --url and --synthetic exclude each other")
+    if bool(args.url) != bool(args.sha256 or args.md5):
+        parser.error("--url and a checksum (--sha256 or --md5) need each other")
+    if args.update and (args.force or args.per_class):
+        parser.error("--update excludes --force and --per-class")
     if args.val + args.test >= 1:
         parser.error(f"--val {args.val} and --test {args.test} leave nothing to train on")
     args.out = args.out or Path("data/synthetic" if args.synthetic else "data/eurosat")
+    if not (args.source or args.url or args.synthetic):
+        args.url, args.md5 = EUROSAT_URL, EUROSAT_MD5
     return args
 
 
@@ -72,33 +95,34 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     out = args.out.resolve()
+    staging, old = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old"))  # beside OUT, to be renamed
     with made_parents(out), locked(out):
-        check_target(args, out)
-        source = args.source if args.source or args.synthetic else download_eurosat(out.with_name("EuroSAT.zip"))
-        staging = out.with_name(f".{out.name}.partial")  # beside OUT, so that it can be renamed
-        shutil.rmtree(staging, ignore_errors=True)
+        recover(out, staging, old)
+        request = describe_request(args)
+        if not args.dry_run and is_done(args, out, request):
+            log(f"{args.out} is complete, nothing to do")
+            print(json.dumps({"out": str(args.out), "changed": False, **summary(read_splits_csv(out / "splits.csv"))}))
+            return
+        source = args.source if args.source or args.synthetic else download(args, out.parent)
         try:
             staging.mkdir()
-            if source:
-                files, folders, others = unpack(source, staging / "files")
-            else:
-                files, folders, others = draw_synthetic(staging / "files", args.per_class or 100, args.seed), set(), 0
-            records = classify(files, folders, str(source))
-            check(records)
-            records = sample(records, args.per_class, args.seed) if args.per_class and source else records
-            split(records, args.val, args.test, args.seed)
-            report_duplicates(records)
-            lay_out(records, staging)
-            replace_tree(staging, out)
+            records, others = gather(args, source, staging / "files")
+            bad = check(records, describe=args.dry_run)
+            records = choose(args, out, records, bad)
+            changed = not args.dry_run and not all("kept" in record for record in records)
+            if args.dry_run:
+                show_dry_run(records, bad)
+            elif changed:
+                lay_out(records, bad, request, args.link, staging)
+                replace_tree(staging, out, old)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    counts = {name: dict(sorted(collections.Counter(r["class"] for r in records if r["split"] == name).items()))
-              for name in SPLITS}
-    show_counts(counts)
-    if others:
-        log(f"left out {others} files that are not images (by their extension)")
-    print(json.dumps({"out": str(args.out), "images": len(records), "classes": len({r["class"] for r in records}),
-                      **{name: sum(counts[name].values()) for name in SPLITS}, "not_images": others, "counts": counts}))
+    report = summary(records)
+    show_counts(report["counts"])
+    for count, what in ((others, "files that are not images (by their extension)"), (len(bad), "images that cannot be read")):
+        if count:
+            log(f"left out {count} {what}")
+    print(json.dumps({"out": str(args.out), "changed": changed, **report, "not_images": others, "rejected": len(bad)}))
 
 
 @contextlib.contextmanager
@@ -114,49 +138,133 @@ def made_parents(path: Path):
                 folder.rmdir()
 
 
-def check_target(args, out: Path):
-    """See that OUT may be made: it is new or empty, or --force is given and it is a tree of ours, apart from the source."""
+# ---------------------------------------------------------------- what is asked for, and what is there
+
+def recover(out: Path, staging: Path, old: Path):
+    """Clear what a killed run has left beside OUT; if it died between moving the old tree away and the new one in, undo that."""
+    if old.exists() and not out.exists():
+        old.rename(out)
+    for leftover in (staging, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def describe_request(args) -> dict:
+    """All that shapes the tree, as plain values, with a digest of the source by names, sizes and times."""
     if args.source:
         if not args.source.exists():
             raise UserError(f"no such file or folder: {args.source}")
-        source = args.source.resolve()
+        source, out = args.source.resolve(), args.out.resolve()
         if out == source or out in source.parents or source in out.parents:
             raise UserError(f"--source {args.source} and --out {args.out} lie within each other; choose another --out")
+        files = [args.source] if args.source.is_file() else [Path(root, name) for root, names in walk(args.source) for name in names]
+        stats = "".join(f"{os.fsencode(f)!r} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
+        content = hashlib.sha256(stats.encode()).hexdigest()
+    else:
+        source, content = args.url or "synthetic", args.sha256 or args.md5
+    listed = None
+    if args.splits:
+        files = [args.splits] if args.splits.is_file() else [args.splits / f"{part}.txt" for part in SPLITS]
+        if not all(file.is_file() for file in files if file.stem != "val"):
+            raise UserError(f"--splits {args.splits}: expected a splits.csv, or a folder with train.txt, test.txt and perhaps val.txt")
+        listed = [file_hash(file) for file in files if file.is_file()]
+    return {"source": str(source), "content": content, "val": args.val, "test": args.test, "seed": args.seed, "splits": listed,
+            "per_class": args.per_class, "on_bad": args.on_bad}
+
+
+def is_done(args, out: Path, request: dict) -> bool:
+    """Whether OUT is what is asked for. Raises UserError where it is something else that must not be replaced."""
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
-        return
+        return False
     if not (out / "splits.csv").is_file():
         raise UserError(f"{args.out} exists, and is no tree of this program (it has no splits.csv); choose another --out")
-    if not args.force:
-        raise UserError(f"{args.out} exists; choose another --out, or replace it with --force")
+    if args.force:
+        return False
+    try:
+        before = json.loads((out / REQUEST_FILE).read_text())
+    except (OSError, ValueError):
+        before = {}
+    different = [key for key in request if before.get(key) != request[key]]
+    told = ", ".join(f"{key} was {before.get(key)}, is {request[key]}" for key in different if key not in ("content", "splits"))
+    told += ", the list of --splits differs" if "splits" in different else ""
+    if args.update:
+        if fixed := [key for key in different if key not in ("source", "content", "on_bad")]:
+            raise UserError(f"--update keeps the settings of {args.out}, but {', '.join(fixed)} differ: {told.strip(', ')}")
+        return not {"source", "content"} & set(different)
+    if different:
+        hint = "add what is new with --update, or " if set(different) <= {"source", "content"} else ""
+        raise UserError(f"{args.out} exists, from another request ({told.strip(', ') or 'the source has changed since'}); "
+                        f"{hint}choose another --out, or replace it with --force")
+    if gone := [row["path"] for row in read_splits_csv(out / "splits.csv") if not (out / row["path"]).exists()]:
+        raise UserError(f"{len(gone)} images of {args.out} are gone, such as {gone[0]}; make it anew with --force")
+    return True
+
+
+def read_splits_csv(path: Path) -> list[dict]:
+    """The rows of a splits.csv; raises UserError for a file that is none."""
+    try:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+        if all(row["split"] in SPLITS and row["sha256"] and row["class"] and row["path"] for row in rows):
+            return rows
+    except (KeyError, csv.Error):
+        pass
+    raise UserError(f"{path} is no splits.csv of this program: expected the columns path,class,split,sha256")
 
 
 # ---------------------------------------------------------------- source -> files on disk
 
-def download_eurosat(archive: Path) -> Path:
-    """Download EuroSAT.zip unless it is there already; a file with the wrong MD5 is never unpacked."""
+def download(args, folder: Path) -> Path:
+    """Download --url into the folder unless it is there already; what has the wrong checksum is never unpacked.
+
+    What a broken connection has left goes on from there, where the server allows ranges.
+    """
     import http.client
-    import urllib.request  # takes longer than all that --help needs
-    if archive.exists():
-        if file_hash(archive, "md5") != EUROSAT_MD5:
-            raise UserError(f"{archive} is there, but its MD5 is not {EUROSAT_MD5}: remove it to download it again, or use "
-                            f"it with --source {archive}")
-        log(f"using {archive}, downloaded before")
-        return archive
+    import urllib.error
+    import urllib.parse
+    import urllib.request  # these take longer than all that --help needs
+    algorithm, wanted = ("sha256", args.sha256) if args.sha256 else ("md5", args.md5)
+    archive = folder / (PurePosixPath(urllib.parse.urlsplit(args.url).path).name or "download")
     way_out = "download it elsewhere and pass it with --source FILE, or draw a demonstration set with --synthetic"
+    if archive.exists():
+        if file_hash(archive, algorithm) == wanted:
+            log(f"using {archive}, downloaded before")
+            return archive
+        raise UserError(f"{archive} is there, but its {algorithm} is not {wanted}: remove it to download it again, or use it "
+                        f"with --source {archive}")
+    part = archive.with_name(f"{archive.name}.part")
+    have = part.stat().st_size if part.exists() else 0
     try:
-        with urllib.request.urlopen(EUROSAT_URL, timeout=60) as response, replacing(archive, "wb") as file:
-            total = int(response.headers.get("Content-Length") or 0)
-            digest = hashlib.md5(usedforsecurity=False)
-            with Progress("download EuroSAT.zip", total >> 10 or None, "KiB", every=10) as progress:
+        request = urllib.request.Request(args.url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            have = have if response.status == 206 else 0  # a server without ranges, or a file: from the beginning
+            total = have + int(response.headers.get("Content-Length") or 0)
+            with open(part, "ab" if have else "wb") as file, Progress(f"download {archive.name}", total >> 10, "KiB", 10) as progress:
+                progress.update(have >> 10)
                 while block := response.read(1 << 18):
                     file.write(block)
-                    digest.update(block)
                     progress.update(len(block) >> 10)
-            if digest.hexdigest() != EUROSAT_MD5:
-                raise UserError(f"{EUROSAT_URL} has MD5 {digest.hexdigest()}, not {EUROSAT_MD5}: {way_out}")
+        if part.stat().st_size < total:
+            raise OSError(f"the connection ended after {part.stat().st_size} of {total} bytes; the same command goes on from there")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"cannot download {EUROSAT_URL}: {one_line(error)}; {way_out}") from None
+        if isinstance(error, urllib.error.HTTPError) and error.code == 416:  # nothing is left to fetch of it
+            pass
+        else:
+            if part.exists() and not part.stat().st_size:
+                part.unlink()
+            raise UserError(f"cannot download {args.url}: {one_line(error)}; {way_out}") from None
+    if (found := file_hash(part, algorithm)) != wanted:
+        part.unlink()
+        raise UserError(f"{args.url} has {algorithm} {found}, not {wanted}: it was removed; {way_out}")
+    part.replace(archive)
     return archive
+
+
+def gather(args, source: Path | None, folder: Path) -> tuple[list[dict], int]:
+    """The images of the source, or drawn ones, as records on disk; and the number of its other files."""
+    if source is None:
+        return classify(draw_synthetic(folder, args.per_class or 100, args.seed), set(), "--synthetic"), 0
+    files, folders, others = unpack(source, folder)
+    return classify(files, folders, str(source)), others
 
 
 def unpack(source: Path, folder: Path) -> tuple[list[tuple[PurePosixPath, Path]], set[PurePosixPath], int]:
@@ -272,46 +380,130 @@ def classify(files: list[tuple[PurePosixPath, Path]], folders: set[PurePosixPath
     return records
 
 
-def check(records: list[dict]):
-    """Decode and hash every file, in parallel; adds sha256. Raises UserError naming those that cannot be read, or whose
-    content stands under two classes."""
+def check(records: list[dict], describe: bool = False) -> list[dict]:
+    """Decode and hash every file, in parallel; adds sha256, and with `describe` size and mode. Returns those that cannot be
+    read, with a reason."""
     chunks = [records[i:i + 200] for i in range(0, len(records), 200)]
-    bad = []
     with contextlib.ExitStack() as stack:
         run = map  # in this process, where starting others takes longer than the work
         if len(chunks) > 5:
             run = stack.enter_context(ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))).map
         progress = stack.enter_context(Progress("check", len(records), every=10))
-        for chunk, results in zip(chunks, run(check_files, [[r["file"] for r in chunk] for chunk in chunks])):
-            for record, (sha256, reason) in zip(chunk, results):
-                record["sha256"] = sha256
-                bad += [f"{record['path']} ({reason})"] if reason else []
+        look = functools.partial(check_files, describe=describe)
+        for chunk, results in zip(chunks, run(look, [[r["file"] for r in chunk] for chunk in chunks])):
+            for record, result in zip(chunk, results):
+                record.update(result)
             progress.update(len(chunk))
-    if bad:
-        raise UserError(f"{len(bad)} of {len(records)} images cannot be read: {', '.join(bad[:5])}"
-                        f"{', ...' if len(bad) > 5 else ''}; repair or remove them")
-    by_content = collections.defaultdict(list)
-    for record in records:
-        by_content[record["sha256"]].append(record)
-    if torn := [group for group in by_content.values() if len({r["class"] for r in group}) > 1]:
-        raise UserError(f"equal content under two classes ({len(torn)} times), such as "
-                        f"{' and '.join(r['path'] for r in torn[0][:3])}: remove one of them")
+    return [record for record in records if "reason" in record]
 
 
-def check_files(files: list[str]) -> list[tuple[str, str | None]]:
-    """For each file its SHA-256 and, where it does not decode as an image, the reason."""
+def check_files(files: list[str], describe: bool) -> list[dict]:
+    """For each file its sha256 and, where it does not decode as an image, the reason."""
     results = []
     for file in files:
-        reason = None
+        result = {"sha256": file_hash(file)}
         try:
             read_image(file)
+            if describe:
+                with Image.open(file) as image:
+                    result |= {"size": image.size, "mode": image.mode}
         except ImageError as error:
-            reason = error.reason
-        results.append((file_hash(file), reason))
+            result["reason"] = error.reason
+        results.append(result)
     return results
 
 
-# ---------------------------------------------------------------- records -> tree
+# ---------------------------------------------------------------- records -> splits
+
+def choose(args, out: Path, records: list[dict], bad: list[dict]) -> list[dict]:
+    """The records that make the tree, each with its split. Raises UserError for bad images unless they may be skipped, and
+    for content that stands under two classes."""
+    if bad and args.on_bad == "fail" and not args.dry_run:
+        raise UserError(f"{len(bad)} of {len(records)} images cannot be read: " + some(f"{r['path']} ({r['reason']})" for r in bad)
+                        + "; repair or remove them, or leave them out with --on-bad skip")
+    records = [record for record in records if "reason" not in record]
+    (contents,) = group_by_content(records).values() if records else [{}]
+    if torn := [group for group in contents.values() if len({r["class"] for r in group}) > 1]:
+        raise UserError(f"equal content under two classes ({len(torn)} times): "
+                        + some(" and ".join(r["path"] for r in group) for group in torn) + "; remove one of them")
+    if args.splits:
+        follow_list(records, args.splits)
+    if args.per_class and not args.synthetic:
+        records = sample(records, args.per_class, args.seed)
+    if args.update and (out / "splits.csv").is_file():
+        records = merge(records, out)
+    if any(record["split"] is None for record in records) or not args.splits:
+        split(records, args.val, args.test, args.seed)
+    (contents,) = group_by_content(records).values() if records else [{}]
+    if not any(record["split"] == "train" for record in records):
+        raise UserError("nothing is left to train on")
+    if doubled := len(records) - len(contents):
+        log(f"{doubled} images repeat the content of another; the program gives equal images to the same split")
+    if leaked := sum(len({r["split"] for r in group}) > 1 for group in contents.values()):
+        log(f"warning: {leaked} images stand in more than one split of the source or list; what is measured on them is too good")
+    return records
+
+
+def some(items, most: int = 5) -> str:
+    items = list(items)
+    return ", ".join(items[:most]) + (", ..." if len(items) > most else "")
+
+
+def follow_list(records: list[dict], splits: Path):
+    """Give every record the split that a splits.csv (by content) or train.txt, val.txt, test.txt (by name) has for it.
+
+    Raises UserError with the counts and first names where list and source are not the same set.
+    """
+    missing, doubled = [], []
+    if splits.is_file():
+        (waiting,) = group_by_content(records).values()
+        for row in read_splits_csv(splits):
+            group = waiting.get(row["sha256"], [])
+            same_name = [record for record in group if record["name"] == PurePosixPath(row["path"]).name]
+            if not group:
+                missing.append(row["path"])
+            else:
+                record = (same_name or group)[0]
+                record["split"], record["listed"] = row["split"], True
+                group.remove(record)
+    else:
+        by_name = collections.defaultdict(list)
+        for record in records:
+            name = PurePosixPath(record["path"]).name
+            by_name[name].append(record)
+            by_name[f"{record['class']}/{name}"].append(record)
+        for part in SPLITS:
+            file = splits / f"{part}.txt"
+            lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if file.is_file() else []
+            for name in filter(None, map(str.strip, lines)):
+                found = by_name.get("/".join(PurePosixPath(name).parts[-2:]), [])
+                if not found:
+                    missing.append(name)
+                elif len(found) > 1 or "listed" in found[0]:
+                    doubled.append(name)
+                else:
+                    found[0]["split"], found[0]["listed"] = part, True
+    unlisted = [record["path"] for record in records if "listed" not in record]
+    if problems := [f"{len(names)} names {what} ({some(names, 3)})" for names, what in
+                    ((missing, "are not in the source"), (doubled, "are doubled"), (unlisted, "of the source are in no list")) if names]:
+        raise UserError(f"--splits {splits} does not fit the source: {'; '.join(problems)}")
+
+
+def merge(records: list[dict], out: Path) -> list[dict]:
+    """The images of the tree at OUT, with their splits, and those of the source whose content it does not know."""
+    rows = read_splits_csv(out / "splits.csv")
+    known = {row["sha256"]: row for row in rows}
+    if moved := [r["path"] for r in records if r["sha256"] in known and known[r["sha256"]]["class"] != r["class"]]:
+        raise UserError(f"{len(moved)} images have another class than in {out}: {some(moved)}; make the tree anew with --force")
+    new = [record for record in records if record["sha256"] not in known]
+    taken = {(row["class"].casefold(), PurePosixPath(row["path"]).name.casefold()) for row in rows}
+    if changed := [r["path"] for r in new if (r["class"].casefold(), r["name"].casefold()) in taken]:
+        raise UserError(f"{len(changed)} images have the name of one in {out}, but other content: {some(changed)}; rename them, "
+                        "or make the tree anew with --force")
+    log(f"{len(new)} new images, {len(rows)} known")
+    return [{"class": row["class"], "split": row["split"], "sha256": row["sha256"], "file": str(out / row["path"]),
+             "name": PurePosixPath(row["path"]).name, "path": row["path"], "kept": True} for row in rows] + new
+
 
 def shuffled(contents, seed: int) -> list[str]:
     """SHA-256 sums in an order that depends on themselves and the seed alone, not on any file's name or place."""
@@ -333,25 +525,34 @@ def sample(records: list[dict], count: int, seed: int) -> list[dict]:
 
 
 def split(records: list[dict], val: float, test: float, seed: int):
-    """Assign records to train, val and test, class by class and exact to the image (equal content stays together).
+    """Assign records without a split to train, val and test, class by class and exact to the image; equal content stays together.
 
-    The same content, shares and seed give the same split, whatever the files' names or order. Records of a source that is
-    split already keep their split; where that lacks a val/, it is made from train.
+    The same content, shares and seed give the same split, whatever the files' names or order. With some records assigned
+    before (--update), the others bring each class as near to the shares as they can. Where all are, because the source is
+    split, and val/ is lacking, it is made from train.
     """
-    given = {record["split"] for record in records}
     shares = {"test": test, "val": val}
-    if None not in given:
-        if "val" in given or not val:
+    if all(record["split"] for record in records):
+        if not val or any(record["split"] == "val" or "kept" in record for record in records):
             return
         records, shares = [r for r in records if r["split"] == "train"], {"val": val}
-    for (name,), contents in group_by_content(records, "class").items():
-        count = sum(map(len, contents.values()))
-        left = {part: round(count * share) for part, share in shares.items()}
-        if sum(left.values()) >= count:
-            raise UserError(f"class {name} has {count} images, of which --val {val} and --test {test} leave none for train; "
+        for record in records:
+            record["split"] = None
+    classes = collections.defaultdict(list)
+    for record in records:
+        classes[record["class"]].append(record)
+    for name, members in sorted(classes.items()):
+        wanted = {part: round(len(members) * share) for part, share in shares.items()}
+        if sum(wanted.values()) >= len(members):
+            raise UserError(f"class {name} has {len(members)} images, of which --val {val} and --test {test} leave none for train; "
                             "lower them, or add images")
-        if short := [part for part, share in shares.items() if share and not left[part]]:
-            log(f"warning: class {name} has only {count} images: none for {', '.join(short)}")
+        if short := [part for part, share in shares.items() if share and not wanted[part]]:
+            log(f"warning: class {name} has only {len(members)} images: none for {', '.join(short)}")
+        left = {part: count - sum(r["split"] == part for r in members) for part, count in wanted.items()}
+        contents = collections.defaultdict(list)
+        for record in members:
+            if record["split"] is None:
+                contents[record["sha256"]].append(record)
         for sha256 in shuffled(contents, seed):
             group = contents[sha256]
             part = next((part for part in left if left[part] >= len(group)), "train")
@@ -360,41 +561,60 @@ def split(records: list[dict], val: float, test: float, seed: int):
                 record["split"] = part
 
 
-def report_duplicates(records: list[dict]):
-    """Tell how many images repeat another's content; warn where a source that was split before has them in two splits."""
-    (contents,) = group_by_content(records).values()
-    if doubled := len(records) - len(contents):
-        log(f"{doubled} images repeat the content of another; equal images were given to the same split")
-    if leaked := sum(len({r["split"] for r in group}) > 1 for group in contents.values()):
-        log(f"warning: {leaked} images stand in more than one split of the source; what is measured on them will be too good")
+# ---------------------------------------------------------------- splits -> tree
 
-
-def lay_out(records: list[dict], staging: Path):
-    """Put every file at staging/<split>/<class>/<name>, moved if we extracted it, else copied; write staging/splits.csv."""
-    for record in records:
-        record["target"] = f"{record['split']}/{record['class']}/{record['name']}"
-    for folder in {os.path.dirname(record["target"]) for record in records}:
+def lay_out(records: list[dict], bad: list[dict], request: dict, link: str, staging: Path):
+    """Make the tree in `staging`: files that we extracted are moved, those of an older tree linked, others copied or linked."""
+    targets = [f"{record['split']}/{record['class']}/{record['name']}" for record in records]
+    for folder in {os.path.dirname(target) for target in targets}:
         (staging / folder).mkdir(parents=True)
     with Progress("lay out", len(records), every=10) as progress:
-        for record in records:
-            ours = Path(record["file"]).parent == staging / "files"
-            (os.rename if ours else shutil.copyfile)(record["file"], staging / record["target"])
+        for record, target in zip(records, targets):
+            if Path(record["file"]).parent == staging / "files":
+                os.rename(record["file"], staging / target)
+            elif link == "hard" or "kept" in record:
+                link_file(record["file"], staging / target, or_copy="kept" in record)
+            else:
+                shutil.copyfile(record["file"], staging / target)
             progress.update(1)
     shutil.rmtree(staging / "files", ignore_errors=True)
-    with replacing(staging / "splits.csv") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "class", "split", "sha256"])
-        writer.writerows(sorted([r["target"], r["class"], r["split"], r["sha256"]] for r in records))
+    rows = sorted([target, r["class"], r["split"], r["sha256"]] for r, target in zip(records, targets))
+    write_csv(staging / "splits.csv", ["path", "class", "split", "sha256"], rows)
+    if bad:
+        write_csv(staging / "rejected.csv", ["path", "reason"], [[record["path"], record["reason"]] for record in bad])
+    with replacing(staging / REQUEST_FILE) as file:
+        json.dump(request, file)
 
 
-def replace_tree(staging: Path, out: Path):
-    """Rename the finished tree to OUT; an old tree is moved aside first, and removed last."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+def link_file(source: str, target: Path, or_copy: bool):
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if not or_copy:
+            raise UserError(f"--link hard: cannot link {source} to {target}: {error.strerror}; leave out --link hard to copy") from None
+        shutil.copyfile(source, target)
+
+
+def write_csv(path: Path, header: list[str], rows: list[list]):
+    with replacing(path) as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def replace_tree(staging: Path, out: Path, old: Path):
+    """Rename the finished tree to OUT; an old tree is moved aside first, and removed last. `recover` mends a death in between."""
+    if hasattr(os, "sync"):
+        os.sync()  # names must not reach the disk before the contents do
     if out.exists():
         out.rename(old)
     staging.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def summary(records: list[dict]) -> dict:
+    """Counts of images by class and split."""
+    counts = {part: dict(sorted(collections.Counter(r["class"] for r in records if r["split"] == part).items())) for part in SPLITS}
+    return {"images": len(records), "classes": len({r["class"] for r in records}),
+            **{part: sum(counts[part].values()) for part in SPLITS}, "counts": counts}
 
 
 def show_counts(counts: dict):
@@ -405,6 +625,18 @@ def show_counts(counts: dict):
     rows.append(("total", [sum(counts[part].values()) for part in SPLITS]))
     lines = [f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in row) for name, row in [("class", SPLITS), *rows]]
     log("\n".join(lines), stamp=False)
+
+
+def show_dry_run(records: list[dict], bad: list[dict]):
+    """What --dry-run tells beyond the counts: bad files, sizes in pixels, modes."""
+    for record in bad:
+        log(f"cannot be read: {record['path']} ({record['reason']})", stamp=False)
+    sizes = sorted((r["size"] for r in records if "size" in r), key=lambda size: size[0] * size[1])
+    if sizes:
+        told = "  ".join(f"{what} {w}x{h}" for what, (w, h) in zip(("smallest", "median", "largest"),
+                                                                    (sizes[0], sizes[len(sizes) // 2], sizes[-1])))
+        modes = ", ".join(f"{mode} {n}" for mode, n in collections.Counter(r["mode"] for r in records if "mode" in r).most_common())
+        log(f"pixels: {told}\nmodes: {modes}", stamp=False)
 
 
 # ---------------------------------------------------------------- a demonstration set, drawn

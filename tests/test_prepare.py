@@ -1,16 +1,22 @@
 """prepare_data.py: sources, the split, what it refuses, what it leaves behind."""
 import csv
 import hashlib
+import http.server
 import inspect
 import io
 import json
+import random
 import shutil
+import subprocess
+import sys
 import tarfile
+import threading
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import command, make_tree, real
+from conftest import ROOT, command, make_tree, real, tile
 from PIL import Image
 
 
@@ -47,7 +53,7 @@ def test_folder_to_tree(run, source, tmp_path):
         assert hashlib.sha256(content).hexdigest() == row["sha256"]
         assert row["path"] == f"{row['split']}/{row['class']}/{Path(row['path']).name}"
         assert content == (source / row["class"] / Path(row["path"]).name).read_bytes()
-    assert files(out) == sorted(["splits.csv"] + [row["path"] for row in table])
+    assert files(out) == sorted([".prepared.json", "splits.csv"] + [row["path"] for row in table])
     from torchvision.datasets import ImageFolder
     assert ImageFolder(out / "train").classes == ["blue", "green", "red"] and len(ImageFolder(out / "train")) == 42
 
@@ -184,7 +190,10 @@ def test_existing_target_stands_until_forced(run, source, tmp_path):
     out = tmp_path / "out"
     run("prepare_data", "--source", source, "--out", out)
     before = files(out)
-    assert "--force" in run("prepare_data", "--source", source, "--out", out, "--seed", 5, code=2).error[0]
+    error, = run("prepare_data", "--source", source, "--out", out, "--seed", 5, "--val", 0, code=2).error
+    assert "--force" in error and "seed was 0, is 5" in error and "val was 0.1, is 0.0" in error
+    assert "nothing to do" in (again := run("prepare_data", "--source", source, "--out", out)).err
+    assert again.json["changed"] is False and again.json["images"] == 60
     (source / "red" / "bad.jpg").write_bytes(b"no jpeg")
     run("prepare_data", "--source", source, "--out", out, "--force", code=2)
     assert files(out) == before
@@ -255,11 +264,11 @@ def test_download(run, source, tmp_path, monkeypatch):
     import prepare_data
     from torchvision.datasets import EuroSAT
     assert prepare_data.EUROSAT_MD5 in inspect.getsource(EuroSAT.download)
-    archive = pack(source, tmp_path / "served.zip", prefix="2750/")
+    archive = pack(source, tmp_path / "EuroSAT.zip", prefix="2750/")
     monkeypatch.setattr(prepare_data, "EUROSAT_URL", archive.as_uri())
     out = tmp_path / "made" / "eurosat"
     error, = run("prepare_data", "--out", out, code=2).error
-    assert "MD5" in error and "--source" in error and "--synthetic" in error and not out.parent.exists()
+    assert "md5" in error and "--source" in error and "--synthetic" in error and not out.parent.exists()
     monkeypatch.setattr(prepare_data, "EUROSAT_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
     assert run("prepare_data", "--out", out).json["images"] == 60
     archive.unlink()  # the download is kept for the next time
@@ -267,6 +276,157 @@ def test_download(run, source, tmp_path, monkeypatch):
     shutil.rmtree(out.parent)
     error, = run("prepare_data", "--out", out, code=2).error
     assert "cannot download" in error and "--source" in error and "--synthetic" in error and not out.parent.exists()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """serve(content, mode) -> (address, log of Range headers): a local server that misbehaves as asked."""
+    servers = []
+
+    def start(content, mode):
+        seen = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                seen.append(self.headers.get("Range"))
+                begin = int(seen[-1][6:-1]) if seen[-1] and mode != "no ranges" else 0
+                if mode == "500":
+                    return self.send_error(500)
+                if begin >= len(content):
+                    return self.send_error(416)
+                self.send_response(206 if begin else 200)
+                self.send_header("Content-Length", str(len(content) - begin))
+                self.end_headers()
+                end = begin + (len(content) - begin) // 2 if mode in ("drops", "no ranges") and len(seen) == 1 else len(content)
+                self.wfile.write(content[begin:end])
+
+            def log_message(self, *_):
+                pass
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/set.zip", seen
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("mode", ["drops", "no ranges"])
+def test_a_dropped_download_goes_on(run, source, tmp_path, serve, mode):
+    content = pack(source, tmp_path / "set.zip").read_bytes()
+    url, seen = serve(content, mode)
+    args = ["--url", url, "--sha256", hashlib.sha256(content).hexdigest(), "--out", tmp_path / "d" / "out"]
+    error, = run("prepare_data", *args, code=2).error
+    assert f"{len(content) // 2} of {len(content)} bytes" in error and not (tmp_path / "d" / "out").exists()
+    assert (tmp_path / "d" / "set.zip.part").stat().st_size == len(content) // 2
+    assert run("prepare_data", *args).json["images"] == 60
+    assert seen == [None, f"bytes={len(content) // 2}-"]
+    assert (tmp_path / "d" / "set.zip").read_bytes() == content and not (tmp_path / "d" / "set.zip.part").exists()
+    (tmp_path / "d" / "set.zip").rename(tmp_path / "d" / "set.zip.part")  # killed between the last byte and the renaming
+    run("prepare_data", *args, "--force")
+
+
+def test_servers_that_fail_or_lie(run, source, tmp_path, serve):
+    content = pack(source, tmp_path / "set.zip").read_bytes()
+    good = hashlib.sha256(content).hexdigest()
+    error, = run("prepare_data", "--url", serve(content, "500")[0], "--sha256", good, "--out", tmp_path / "d" / "out", code=2).error
+    assert "500" in error and not (tmp_path / "d").exists()
+    error, = run("prepare_data", "--url", serve(content[:-9] + b"something", "")[0], "--sha256", good, "--out", tmp_path / "d" / "out", code=2).error
+    assert good in error and not (tmp_path / "d").exists()
+    run("prepare_data", "--url", "http://127.0.0.1:1/set.zip", "--out", tmp_path / "d" / "out", code=2)  # no checksum
+    result = run("prepare_data", "--url", (tmp_path / "set.zip").as_uri(), "--sha256", good.upper(), "--out", tmp_path / "d" / "out")
+    assert result.json["images"] == 60
+
+
+def test_bad_images_can_be_skipped(run, source, tmp_path):
+    (source / "red" / "bad.jpg").write_bytes(b"no image")
+    result = run("prepare_data", "--source", source, "--out", tmp_path / "out", "--on-bad", "skip")
+    assert (result.json["images"], result.json["rejected"]) == (60, 1)
+    with open(tmp_path / "out" / "rejected.csv", newline="") as file:
+        row, = csv.DictReader(file)
+    assert row["path"] == "red/bad.jpg" and row["reason"]
+
+
+def test_update_keeps_every_assignment(run, source, tmp_path):
+    out = tmp_path / "out"
+    args = ["--source", source, "--out", out]
+    run("prepare_data", *args)
+    before = {row["sha256"]: row["split"] for row in rows(out)}
+    assert "nothing to do" in run("prepare_data", *args, "--update").err
+    for number in range(100, 130):
+        tile((10, 10, 10), number).save(source / "red" / f"new {number}.png")
+    (source / "green" / "green 0.png").rename(source / "green" / "renamed.png")
+    assert "--update" in run("prepare_data", *args, code=2).error[0]
+    result = run("prepare_data", *args, "--update")
+    after = {row["sha256"]: row["split"] for row in rows(out)}
+    assert len(after) == 90 and all(after[sha256] == split for sha256, split in before.items())
+    assert [result.json["counts"][part]["red"] for part in ("train", "val", "test")] == [35, 5, 10]
+    assert [result.json["counts"][part]["green"] for part in ("train", "val", "test")] == [14, 2, 4]
+    for row in rows(out):
+        assert hashlib.sha256((out / row["path"]).read_bytes()).hexdigest() == row["sha256"]
+    assert run("prepare_data", *args, "--update").json["changed"] is False
+    for extra in (["--seed", 1], ["--val", 0.3], ["--splits", out / "splits.csv"]):
+        assert "differ" in run("prepare_data", *args, "--update", *extra, code=2).error[0]
+    tile((90, 0, 0), "edited").save(source / "red" / "red 1.png")
+    assert "red 1.png" in run("prepare_data", *args, "--update", code=2).error[0]
+    assert {row["sha256"]: row["split"] for row in rows(out)} == after
+
+
+def test_splits_of_ours_and_published_lists(run, source, tmp_path):
+    run("prepare_data", "--source", source, "--out", tmp_path / "a", "--seed", 3)
+    wanted = {row["sha256"]: row["split"] for row in rows(tmp_path / "a")}
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for part in ("train", "val", "test"):
+        names = [Path(row["path"]) for row in rows(tmp_path / "a") if row["split"] == part]
+        (lists / f"{part}.txt").write_text("".join(f"{p.parent.name}/{p.name}\n" if part == "val" else f"{p.name}\n" for p in names))
+    archive = pack(source, tmp_path / "s.zip", prefix="wrap/")
+    for number, splits in enumerate((tmp_path / "a" / "splits.csv", lists)):
+        run("prepare_data", "--source", archive, "--out", tmp_path / f"b{number}", "--splits", splits)
+        assert {row["sha256"]: row["split"] for row in rows(tmp_path / f"b{number}")} == wanted
+    few = run("prepare_data", "--source", archive, "--out", tmp_path / "few", "--splits", lists, "--per-class", 2).json
+    assert few["counts"] == {part: {"blue": 2, "green": 2, "red": 2} for part in ("train", "val", "test")}
+    train, test = (lists / "train.txt").read_text(), (lists / "test.txt").read_text()
+    (lists / "train.txt").write_text(train.split("\n", 1)[1] + "ghost 1.png\n" + test.split("\n")[0] + "\n")
+    error, = run("prepare_data", "--source", archive, "--out", tmp_path / "c", "--splits", lists, code=2).error
+    assert "1 names are not in the source (ghost 1.png)" in error and "1 names are doubled" in error and "1 names of the source are in no list" in error
+    (tmp_path / "odd.csv").write_text("a,b\n1,2\n")
+    run("prepare_data", "--source", archive, "--out", tmp_path / "c", "--splits", tmp_path / "odd.csv", code=2)
+    run("prepare_data", "--source", archive, "--out", tmp_path / "c", "--splits", tmp_path / "none", code=2)
+
+
+def test_hard_links_and_dry_run(run, source, tmp_path):
+    result = run("prepare_data", "--source", source, "--out", tmp_path / "out", "--dry-run")
+    assert result.json["train"] == 42 and "32x32" in result.err and "RGB 60" in result.err and not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*"))
+    run("prepare_data", "--source", source, "--out", tmp_path / "out", "--link", "hard")
+    assert all((tmp_path / "out" / row["path"]).stat().st_nlink == 2 for row in rows(tmp_path / "out"))
+
+
+def test_killed_at_any_moment(source, tmp_path):
+    """SIGKILL at random moments, of a first preparation and of one that replaces: the tree is whole or absent, each time."""
+    archive, out = pack(source, tmp_path / "s.zip"), tmp_path / "out"
+    base = [sys.executable, str(ROOT / "prepare_data.py"), "--source", str(archive), "--out", str(out)]
+    start = time.monotonic()
+    assert subprocess.run(base, capture_output=True).returncode == 0
+    whole, rng, kills, seeds = time.monotonic() - start, random.Random(0), 0, [0]
+    for round in range(16):
+        if round % 2:
+            shutil.rmtree(out, ignore_errors=True)
+        seeds.append(round + 1)
+        process = subprocess.Popen([*base, "--force", "--seed", str(seeds[-1])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.05, 1.1) * whole)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+        if out.exists():
+            assert len(rows(out)) == 60
+            for row in rows(out):
+                assert hashlib.sha256((out / row["path"]).read_bytes()).hexdigest() == row["sha256"]
+    assert kills >= 8
+    done = subprocess.run([*base, "--force", "--seed", "99"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "s.zip", "source"]
 
 
 def test_synthetic_is_seeded(run, tmp_path):
@@ -282,11 +442,16 @@ def test_unwritable_output(run, source, tmp_path):
     run("prepare_data", "--source", source, "--out", tmp_path / "file" / "out", code=2)
 
 
-def test_real_eurosat(tmp_path):
-    """The whole of EuroSAT, by the real command."""
-    done = command("prepare_data", "--source", real("eurosat", "EuroSAT.zip"), "--out", tmp_path / "eurosat")
+def test_real_eurosat_with_its_published_split(tmp_path):
+    """The whole of EuroSAT by the real command: exactly the published split, and at once when there is nothing to do."""
+    args = ["--source", real("eurosat", "EuroSAT.zip"), "--splits", real("eurosat", "split-neumann"), "--out", tmp_path / "eurosat"]
+    done = command("prepare_data", *args)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert (result["images"], result["classes"], result["train"], result["val"], result["test"]) == (27000, 10, 18900, 2700, 5400)
-    totals = {name: sum(result["counts"][part][name] for part in result["counts"]) for name in result["counts"]["train"]}
-    assert sorted(totals.values()) == [2000] + [2500] * 4 + [3000] * 5
+    assert (result["images"], result["classes"], result["train"], result["val"], result["test"]) == (27000, 10, 16200, 5400, 5400)
+    for part in ("train", "val", "test"):
+        listed = set(real("eurosat", "split-neumann", f"{part}.txt").read_text().split())
+        assert {path.name for path in (tmp_path / "eurosat" / part).glob("*/*")} == listed
+    start = time.monotonic()
+    assert "nothing to do" in command("prepare_data", *args).stderr
+    assert time.monotonic() - start < 4  # 2 s, with room for a busy machine
