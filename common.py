@@ -205,7 +205,7 @@ class Progress:
 def replacing(path, mode: str = "w"):
     """Open a file that appears at `path`, whole and on disk, only when the block has ended without an error."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         text = {} if "b" in mode else {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
         with open(temporary, mode, **text) as file:
@@ -213,14 +213,15 @@ def replacing(path, mode: str = "w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a full disk has no file name in its error
+        raise OSError(error.errno, error.strerror, str(error.filename or path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def locked(folder: Path):
-    """Hold the lock of a folder, a file beside it that the kernel frees when this process ends; raises Locked if it is held."""
-    path = folder.resolve().with_name(f".{folder.resolve().name}.lock")
+def locked(path: Path):
+    """Hold a lock file, which the kernel frees when this process ends, however it does; raises Locked if another run holds it."""
     while True:
         file = open(path, "w")
         try:
@@ -235,7 +236,7 @@ def locked(folder: Path):
             file.close()  # its last holder removed it just now
         except (BlockingIOError, PermissionError):
             file.close()
-            raise Locked(f"another run holds {folder}; wait for it to end") from None
+            raise Locked(f"another run holds {path}; wait for it to end") from None
     try:
         yield
     finally:
@@ -456,6 +457,8 @@ class FrozenModel:
         with torch.inference_mode():
             try:
                 backbone(images[:1])
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, AssertionError, ValueError) as error:
                 raise UserError(f"--image-size {size}: {type(self.model).__name__} cannot take images of {size} pixels "
                                 f"({one_line(error)[:120]})") from None
@@ -468,7 +471,21 @@ class FrozenModel:
         return backbone
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels [B, 3, S, S] on any device -> float32 features [B, D] on this model's device."""
+        """uint8 pixels [B, 3, S, S] on any device -> float32 features [B, D] on this model's device.
+
+        A batch that is too large for the device's memory is halved until it fits.
+        """
+        if len(pixels) > self.batch_size:
+            return torch.cat([self.features(part) for part in pixels.split(self.batch_size)])
+        try:
+            return self.forward(pixels)
+        except torch.OutOfMemoryError:
+            if self.batch_size == 1:
+                raise UserError(f"no memory on {self.device} for a single image; use another --device") from None
+        self.batch_size = max(1, self.batch_size // 2)
+        return self.features(pixels)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels  # bytes over the bus, and not waited for
             images = pixels.to(self.device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
@@ -496,8 +513,8 @@ def keep_large_blocks():
     """Have glibc keep freed blocks: by default every activation is mapped anew, and its page faults halve a CPU's rate."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         libc, m_trim_threshold, m_mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -3
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+        if libc.mallopt(m_mmap_threshold, 1 << 30) or libc.mallopt(m_mmap_threshold, 32 << 20):  # old ones take 32 MB at most
+            libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 # ---------------------------------------------------------------- the checkpoint

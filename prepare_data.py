@@ -95,8 +95,8 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     out = args.out.resolve()
-    staging, old = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old"))  # beside OUT, to be renamed
-    with made_parents(out), locked(out):
+    staging, old, lock = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old", "lock"))  # beside OUT, to be renamed
+    with made_parents(out), locked(lock):
         recover(out, staging, old)
         request = describe_request(args)
         if not args.dry_run and is_done(args, out, request):

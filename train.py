@@ -6,6 +6,7 @@ The best epoch is chosen on val, test is only ever reported. The last line on st
 """
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import csv
@@ -84,7 +85,11 @@ def parse_args(argv):
 
 
 def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transfer-learning" / "features"
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        base = Path(tempfile.gettempdir())
+    return base / "transfer-learning" / "features"
 
 
 @command
@@ -96,12 +101,16 @@ def main(argv=None):
     device = pick_device(args.device)
     classes, splits = read_tree(args.data)
     args.out.mkdir(parents=True, exist_ok=True)
-    with locked(args.out), tempfile.TemporaryFile(dir=args.out):  # a folder that cannot be written is better known now
-        settings = run_settings(args, classes, splits)
-        unfinished = read_unfinished(args, settings)
+    with locked(args.out / ".lock"):
+        unfinished = read_unfinished(args)
         model, preprocessing, model_kwargs = load_pretrained(args, len(classes))
         frozen = FrozenModel(model, preprocessing, len(classes), device, args.precision, args.compile)
-        data = extract_features(frozen, splits, feature_key(model, model_kwargs, frozen, args.arch), args)
+        key = feature_key(model, model_kwargs, frozen, args.arch)
+        files = {split: hash_files(paths, args.workers) for split, (paths, _) in splits.items()}
+        settings = run_settings(args, classes, splits, files, key)
+        if unfinished:
+            check_resumable(args, unfinished, settings)
+        data = extract_features(frozen, splits, files, key, args)
         head = standardised_head(frozen, data["train"][0])
         history, best = train_head(head, data, args, settings, unfinished)
         fold_standardisation(head, best["head"], model.get_submodule(find_head(model, len(classes))))
@@ -139,7 +148,7 @@ def read_tree(data: Path):
     return classes, splits
 
 
-def read_unfinished(args, settings: dict) -> dict | None:
+def read_unfinished(args) -> dict | None:
     """The state of the unfinished run in OUT if --resume asks for it; None where there is none, or --restart discards it."""
     last = args.out / "last.pt"
     if args.restart or not last.exists():
@@ -155,22 +164,28 @@ def read_unfinished(args, settings: dict) -> dict | None:
     if not args.resume:
         raise UserError(f"{args.out} holds an unfinished run ({len(state['history'])} epochs done): "
                         "go on with --resume, or discard it with --restart")
-    if different := [f"{key} was {state['settings'].get(key)}, is {value}" for key, value in settings.items()
-                     if value != state["settings"].get(key)]:
-        raise UserError(f"cannot resume {args.out} with other arguments: {'; '.join(different)}")
     return state
 
 
-def run_settings(args, classes: list[str], splits: dict) -> dict:
-    """All that shapes the result, as plain values: arguments, classes, and a digest of the names and sizes of the images."""
-    digest = hashlib.sha256()
-    for split, (paths, _) in splits.items():
-        for path in paths:
-            line = f"{split} {os.path.relpath(path, args.data)} {os.path.getsize(path)}\n"
-            digest.update(line.encode(errors="surrogateescape"))
+def check_resumable(args, state: dict, settings: dict):
+    """Raise UserError naming what differs between the run to resume and this one."""
+    before = state["settings"]
+    if different := [f"{key} was {before.get(key)}, is {value}" for key, value in settings.items() if value != before.get(key)]:
+        raise UserError(f"cannot resume {args.out}, for something differs: {'; '.join(different)}; discard it with --restart")
+
+
+def run_settings(args, classes: list[str], splits: dict, files: dict, key: dict) -> dict:
+    """All that shapes the result, as plain values: arguments, classes, digests of the images and of all that features depend on."""
     without = ("resume", "restart", "list_archs", "out", "workers", "cache", "no_cache", "cache_limit", "compile")
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in without}
-    return values | {"classes": classes, "images": digest.hexdigest()[:16]}
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in without}
+    images = [(split, target, sha256) for split, (_, targets) in splits.items()
+              for target, (sha256, _) in zip(targets.tolist(), files[split])]
+    return values | {"classes": classes, "images": digest_of(images), "network and libraries": digest_of(key)}
+
+
+def digest_of(value) -> str:
+    """A digest of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 # ---------------------------------------------------------------- the pre-trained model
@@ -291,24 +306,25 @@ def replace_head(model: torch.nn.Module, outputs: int, classes: int, seed: int =
 
 # ---------------------------------------------------------------- features, once per image and view
 
-def extract_features(frozen: FrozenModel, splits: dict, key: dict, args) -> dict:
+def extract_features(frozen: FrozenModel, splits: dict, files: dict, key: dict, args) -> dict:
     """The frozen backbone's features of every image: {split: (features [views, N, D], targets [N])}, on its device if they fit.
 
     The train split has a row for each view of --augment, the others one for the image as it is. What the cache knows is
-    read, the rest goes through the backbone, once. Raises ImageError at the first image that cannot be read.
+    read, the rest goes through the backbone, once. `files` has what `hash_files` knows of each split. Raises ImageError
+    at the first image that cannot be read.
     """
-    data, todo, stores = {}, [], {}
+    views = {split: VIEWS[args.augment if split == "train" else "none"] for split in splits}
+    shapes = {split: (len(views[split]), len(targets), frozen.width) for split, (_, targets) in splits.items()}
+    mapped = sum(map(math.prod, shapes.values())) * frozen.dtype.itemsize > usable_memory()
+    stores = {view: FeatureStore(None if args.no_cache else args.cache, {**key, "view": view}) for view in views["train"]}
+    data, todo = {}, []
     for split, (paths, targets) in splits.items():
-        views = VIEWS[args.augment if split == "train" else "none"]
-        data[split] = allocate((len(views), len(paths), frozen.width), frozen.dtype, args.out), targets
-        hashes = [""] * len(paths) if args.no_cache else hash_files(paths, args.workers)
+        data[split] = allocate(shapes[split], frozen.dtype, args.out if mapped else None), targets
         missing = {}  # row -> the (number, view) pairs that have to be computed
-        for number, view in enumerate(views):
-            if view not in stores:
-                stores[view] = FeatureStore(None if args.no_cache else args.cache, {**key, "view": view})
-            for row in stores[view].fill(hashes, data[split][0][number]):
+        for number, view in enumerate(views[split]):
+            for row in stores[view].fill([sha256 for sha256, _ in files[split]], data[split][0][number]):
                 missing.setdefault(row, []).append((number, view))
-        todo += [(split, row, hashes[row], missing[row]) for row in sorted(missing)]
+        todo += [(split, row, files[split][row], missing[row]) for row in sorted(missing)]
     count = sum(len(numbered) for *_, numbered in todo)
     if known := sum(len(features) * len(targets) for features, targets in data.values()) - count:
         log(f"features: {known} remembered in {args.cache}, {count} to compute")
@@ -317,7 +333,7 @@ def extract_features(frozen: FrozenModel, splits: dict, key: dict, args) -> dict
         with Progress("features", count) as progress:
             paths = (splits[split][0][row] for split, row, *_ in todo)
             for batch in read_batches(paths, frozen.preprocessing, frozen.batch_size, args.workers):
-                compute_batch(frozen, [(pixels, *next(waiting)) for _, pixels in batch], data, stores, progress)
+                compute_batch(frozen, [(path, pixels, *next(waiting)) for path, pixels in batch], data, stores, progress)
     finally:  # a pass that is stopped goes on from here
         for store in stores.values():
             store.flush()
@@ -335,30 +351,42 @@ def feature_key(model: torch.nn.Module, model_kwargs: dict, frozen: FrozenModel,
 
 
 def compute_batch(frozen: FrozenModel, batch: list, data: dict, stores: dict, progress: Progress):
-    """Run a batch of (pixels, split, row, hash, [(number, view)]) through the backbone, into `data` and `stores`."""
-    if bad := [pixels for pixels, *_ in batch if isinstance(pixels, ImageError)]:
-        raise bad[0]
+    """Run a batch of (path, pixels, split, row, (sha256, stamp), [(number, view)]) through the backbone, into data and stores."""
+    for path, pixels, _, _, (_, stamp), _ in batch:
+        if isinstance(pixels, ImageError):
+            raise pixels
+        if file_stamp(path) != stamp:
+            raise ImageError(path, "it has changed since the run began; start again")
     for (turns, mirrored), store in stores.items():
         chosen = [(*item, number) for *item, numbered in batch for number, view in numbered if view == (turns, mirrored)]
         if chosen:
-            pixels = torch.stack([pixels for pixels, *_ in chosen])
+            pixels = torch.stack([pixels for _, pixels, *_ in chosen])
             seen = torch.rot90(pixels.flip(-1) if mirrored else pixels, turns, (-2, -1))
             features = frozen.features(seen).to("cpu", frozen.dtype)
-            for feature, (_, split, row, _, number) in zip(features, chosen):
+            for feature, (_, _, split, row, _, number) in zip(features, chosen):
                 data[split][0][number, row] = feature
-            store.add([sha256 for _, _, _, sha256, _ in chosen], features)
+            store.add([sha256 for *_, (sha256, _), _ in chosen], features)
             progress.update(len(chosen))
 
 
-def hash_files(paths: list[str], workers: int | None) -> list[str]:
-    """The SHA-256 of each file. Raises ImageError for one that cannot be read."""
-    def digest(path):
+def hash_files(paths: list[str], workers: int | None) -> list[tuple[str, tuple]]:
+    """The SHA-256 of each file, and a stamp that shows if it changes later. Raises ImageError for one that cannot be read."""
+    def look(path):
         try:
-            return file_hash(path)
+            stamp = file_stamp(path)
+            return file_hash(path), stamp
         except OSError as error:
             raise ImageError(path, error.strerror) from None
     with ThreadPoolExecutor(workers or min(2 * (os.cpu_count() or 1), 16)) as executor:
-        return list(executor.map(digest, paths))
+        return list(executor.map(look, paths))
+
+
+def file_stamp(path) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise ImageError(path, error.strerror) from None
+    return status.st_size, status.st_mtime_ns
 
 
 def hash_weights(model: torch.nn.Module, without: str) -> str:
@@ -372,22 +400,37 @@ def hash_weights(model: torch.nn.Module, without: str) -> str:
     return digest.hexdigest()
 
 
-def allocate(shape: tuple, dtype: torch.dtype, folder: Path) -> torch.Tensor:
-    """A tensor for features: in memory, or, where it would take more than a third of the machine's, mapped from a file."""
-    size = math.prod(shape)
+def usable_memory() -> float:
+    """The bytes that features may take: a share of the machine's memory, or of the container's if that has less."""
     try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):  # Windows
-        memory = 8 << 30
-    if size * dtype.itemsize <= memory * MEMORY_SHARE:
+        total = 8 << 30
+    with contextlib.suppress(OSError, ValueError):  # no such limit
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total * MEMORY_SHARE
+
+
+def allocate(shape: tuple, dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
+    """A tensor for features, in memory, or, with a folder, mapped from a file there that needs no name."""
+    if folder is None:
         return torch.empty(shape, dtype=dtype)
-    file = folder / f".features.{os.getpid()}.tmp"
+    size = math.prod(shape)
+    handle, file = tempfile.mkstemp(prefix=".features.", suffix=".tmp", dir=folder)
     log(f"features of {size * dtype.itemsize / 1e9:.1f} GB are mapped from disk, in {folder}")
     try:
-        return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash later
+            os.posix_fallocate(handle, 0, max(1, size * dtype.itemsize))
+        return torch.from_file(file, shared=True, size=size, dtype=dtype).view(shape)
+    except OSError as error:
+        raise OSError(error.errno, f"no room to map {size * dtype.itemsize / 1e9:.1f} GB of features: {error.strerror}",
+                      str(folder)) from None
     finally:
-        with contextlib.suppress(OSError):
-            file.unlink()  # the mapping stays until the tensor is gone
+        os.close(handle)
+        try:
+            os.unlink(file)  # the mapping stays until the tensor is gone
+        except OSError:  # Windows
+            atexit.register(lambda: Path(file).unlink(missing_ok=True))
 
 
 def place(features: torch.Tensor, targets: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -405,7 +448,8 @@ class FeatureStore:
     """
 
     def __init__(self, cache: Path | None, key: dict):
-        self.folder = cache and cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        self.folder = cache and cache / digest_of(key)
+        self.known = [self.read(file) for file in sorted(self.folder.glob("*.pt"))] if self.folder else []
         self.hashes, self.rows, self.flushed = [], [], time.monotonic()
 
     def fill(self, hashes: list[str], out: torch.Tensor) -> list[int]:
@@ -413,21 +457,22 @@ class FeatureStore:
         wanted = {}
         for row, sha256 in enumerate(hashes):
             wanted.setdefault(sha256, []).append(row)
-        for file in sorted(self.folder.glob("*.pt")) if self.folder else ():
-            if content := self.read(file, out.shape[1]):
+        for content in self.known:
+            if content and content["features"].shape[1:] == out.shape[1:]:
                 found = [(at, row) for at, sha256 in enumerate(content["hashes"]) for row in wanted.pop(sha256, ())]
                 if found:
                     at, rows = torch.tensor(found).unbind(1)
                     out[rows] = content["features"][at]
         return sorted(row for rows in wanted.values() for row in rows)
 
-    def read(self, file: Path, width: int) -> dict | None:
+    def read(self, file: Path) -> dict | None:
         """A file's rows, mapped from disk; None, with a warning, if it is not as it was written."""
         try:
             if file_hash(file) == file.stem:
-                os.utime(file)  # prune_cache removes what was unused for longest
+                with contextlib.suppress(OSError):  # a cache that can only be read is of use too
+                    os.utime(file)  # prune_cache removes what was unused for longest
                 content = torch.load(file, mmap=True, weights_only=True)
-                if content["features"].shape == (len(content["hashes"]), width):
+                if len(content["features"]) == len(content["hashes"]):
                     return content
             elif len(file.stem) == 64:
                 file.unlink()
@@ -464,10 +509,12 @@ class FeatureStore:
 def prune_cache(cache: Path, limit: float):
     """Remove the files that were unused for longest until the cache holds at most `limit` bytes; tell its size."""
     with contextlib.suppress(OSError):  # another run may prune at the same time
-        for leftover in cache.glob("*/.*.tmp"):
+        folders = [folder for folder in cache.glob("[0-9a-f]" * 32) if folder.is_dir()]  # what else is there is not ours
+        for leftover in (file for folder in folders for file in folder.glob(f".{'[0-9a-f]' * 64}.pt.*.tmp")):
             if time.time() - leftover.stat().st_mtime > 86400:
                 leftover.unlink()
-        files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in cache.glob("*/*.pt"))
+        files = sorted((file.stat().st_mtime, file.stat().st_size, file)
+                       for folder in folders for file in folder.glob("[0-9a-f]" * 64 + ".pt"))
         total = sum(size for _, size, _ in files)
         for _, size, file in files:
             if total > limit:
@@ -490,7 +537,7 @@ def standardised_head(frozen: FrozenModel, features: torch.Tensor) -> torch.nn.S
     unflatten, linear, *behind = layers
     channels = linear.weight.shape[1]
     mean, square = torch.zeros(2, channels, dtype=torch.float64)
-    for rows in features.flatten(0, 1).split(4096):
+    for rows in features.flatten(0, 1).split(chunk_rows(features)):
         rows = rows.cpu().double().view(len(rows), channels, -1)
         mean += rows.sum((0, 2))
         square += rows.square().sum((0, 2))
@@ -500,10 +547,16 @@ def standardised_head(frozen: FrozenModel, features: torch.Tensor) -> torch.nn.S
         raise UserError("the network's features are not finite: its weights are damaged, or want another --precision")
     layer = torch.nn.BatchNorm1d if isinstance(linear, torch.nn.Linear) else torch.nn.BatchNorm2d
     standardise = layer(channels, affine=False, eps=0).eval()
-    standardise.running_var = var.clamp(min=1e-4 * var.mean() + 1e-30).float()  # what hardly ever fires is not blown up
+    floor = 1e-4 * var.mean() + 1e-8 * mean.square().mean() + 1e-30  # what hardly ever fires is not blown up
+    standardise.running_var = var.clamp(min=floor).float()
     if linear.bias is not None:
         standardise.running_mean = mean.float()
     return torch.nn.Sequential(unflatten, standardise, linear, *behind).to(frozen.device).requires_grad_(True)
+
+
+def chunk_rows(features: torch.Tensor) -> int:
+    """How many rows of features [..., D] to take at a time: 64 MB of float32, at most 4096."""
+    return max(1, min(4096, (16 << 20) // features.shape[-1]))
 
 
 def fold_standardisation(head: torch.nn.Sequential, trained: dict, target: torch.nn.Module):
@@ -567,16 +620,17 @@ def train_head(head: torch.nn.Module, data: dict, args, settings: dict, state: d
 def measure(head: torch.nn.Module, features: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
     """Mean cross entropy in nats and accuracy in 0..1 of the head on the first view of features [views, N, D]."""
     loss = correct = 0.0
-    for logits, wanted in zip(head_logits(head, features), targets.to(next(head.parameters()).device).split(4096)):
+    targets = targets.to(next(head.parameters()).device)
+    for logits, wanted in zip(head_logits(head, features), targets.split(chunk_rows(features))):
         loss += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
         correct += (logits.argmax(1) == wanted).sum().item()
     return loss / len(targets), correct / len(targets)
 
 
 def head_logits(head: torch.nn.Module, features: torch.Tensor):
-    """Yield the head's logits [4096, classes] for the first view of features [views, N, D], without gradients."""
+    """Yield the head's logits [chunk_rows, classes] for the first view of features [views, N, D], without gradients."""
     with torch.no_grad():
-        for rows in features[0].split(4096):
+        for rows in features[0].split(chunk_rows(features)):
             yield head(rows.to(next(head.parameters()).device, torch.float32))
 
 
@@ -608,19 +662,24 @@ def write_history(path: Path, history: list[dict]):
 
 def save_last(args, settings: dict, **state):
     """Write OUT/last.pt: the state of a run under way, or that it has finished."""
-    with replacing(args.out / "last.pt", "wb") as file:
-        torch.save({"format": RUN_FORMAT, "version": FORMAT_VERSION, "settings": settings, **state}, file)
+    write_torch(args.out / "last.pt", {"format": RUN_FORMAT, "version": FORMAT_VERSION, "settings": settings, **state})
+
+
+def write_torch(path: Path, content: dict):
+    buffer = io.BytesIO()  # torch.save would turn a full disk's OSError into a RuntimeError
+    torch.save(content, buffer)
+    with replacing(path, "wb") as file:
+        file.write(buffer.getbuffer())
 
 
 def save_model(args, model, model_kwargs: dict, classes: list[str], preprocessing: dict, temperature: float, row: dict):
     """Write OUT/model.pt, the finished model, with everything that evaluate.py and predict.py need."""
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    with replacing(args.out / "model.pt", "wb") as file:
-        torch.save({"format": CHECKPOINT_FORMAT, "version": FORMAT_VERSION, "arch": args.arch, "model_kwargs": model_kwargs,
-                    "classes": classes, "preprocessing": preprocessing, "temperature": temperature,
-                    "state_dict": {key: value.cpu() for key, value in model.state_dict().items()},
-                    "metrics": row, "args": arguments, "versions": {"python": platform.python_version(), **library_versions()}},
-                   file)
+    write_torch(args.out / "model.pt", {
+        "format": CHECKPOINT_FORMAT, "version": FORMAT_VERSION, "arch": args.arch, "model_kwargs": model_kwargs,
+        "classes": classes, "preprocessing": preprocessing, "temperature": temperature,
+        "state_dict": {key: value.cpu() for key, value in model.state_dict().items()},
+        "metrics": row, "args": arguments, "versions": {"python": platform.python_version(), **library_versions()}})
 
 
 def library_versions() -> dict[str, str]:

@@ -253,7 +253,7 @@ def test_links_in_circles_and_names_of_any_bytes(run, source, tmp_path):
 
 def test_a_second_preparation_waits_outside(run, source, tmp_path):
     from common import locked
-    with locked(tmp_path / "out"):
+    with locked(tmp_path / ".out.lock"):
         run("prepare_data", "--source", source, "--out", tmp_path / "out", code=75)
     run("prepare_data", "--source", source, "--out", tmp_path / "out")
     assert not list(tmp_path.glob(".*"))

@@ -133,6 +133,10 @@ def test_resume_ends_as_if_never_stopped(run, trained, tree, tmp_path, monkeypat
     shutil.copy(tree / "train" / "red" / "red 0.png", extra)
     assert "images was" in run("train", *args, "--resume", code=2).error[0]
     extra.unlink()
+    whole = (tree / "train" / "red" / "red 0.png").read_bytes()
+    (tree / "train" / "red" / "red 0.png").write_bytes((tree / "train" / "red" / "red 1.png").read_bytes())
+    assert "images was" in run("train", *args, "--resume", code=2).error[0]
+    (tree / "train" / "red" / "red 0.png").write_bytes(whole)
     assert "resumed after epoch 2" in run("train", *args, "--resume").err
     assert same(load(out / "model.pt")["state_dict"], load(trained.model)["state_dict"])
     drop = [[{k: v for k, v in row.items() if k != "seconds"} for row in history(folder)] for folder in (out, trained.folder)]
@@ -160,6 +164,30 @@ def test_features_are_remembered_by_content(run, tree, tmp_path):
     assert "to compute" not in result.err and result.json["test_acc"] > 0.9
 
 
+def test_another_network_is_not_resumed(run, tree, tmp_path, monkeypatch):
+    import train
+    args = ["--data", tree, "--arch", "resnet18", "--image-size", 32, "--weights", tmp_path / "w.pth", "--out", tmp_path / "out"]
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
+    real_save = train.save_last
+
+    def die(*positional, **state):
+        real_save(*positional, **state)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save_last", die)
+    run("train", *args, code=130)
+    monkeypatch.undo()
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
+    assert "network and libraries was" in run("train", *args, "--resume", code=2).error[0]
+
+
+def test_bf16_agrees_with_itself_and_with_fp32(run, tree, tmp_path):
+    trained = run("train", "--data", tree, "--out", tmp_path / "out", "--epochs", 4, "--lr", 0.01, *SMALL, "--precision", "bf16").json
+    args = ["--checkpoint", tmp_path / "out" / "model.pt", "--data", tree]
+    same_way, other_way = (run("evaluate", *args, "--precision", precision).json for precision in ("bf16", "fp32"))
+    assert same_way["accuracy"] == trained["test_acc"] and other_way["accuracy"] == pytest.approx(trained["test_acc"], abs=0.07)
+    assert other_way["loss"] == pytest.approx(same_way["loss"], abs=0.05)
+
+
 def test_a_damaged_cache_costs_a_warning(run, tree, tmp_path):
     cache = tmp_path / "cache"
     args = ["--data", tree, "--epochs", 1, "--cache", cache, *SMALL]
@@ -182,6 +210,10 @@ def test_the_cache_is_bounded_and_need_not_be_writable(run, tree, tmp_path):
         run("train", "--data", tree, "--epochs", 1, "--cache", cache, *SMALL, "--seed", seed, "--out", tmp_path / str(seed), "--cache-limit", 0.0003)
     files = list(cache.glob("*/*.pt"))
     assert len(files) == 1 and sum(file.stat().st_size for file in files) <= 3e5
+    (cache / "mine").mkdir()
+    (cache / "mine" / "model.pt").write_text("not of the cache, though in it")
+    run("train", "--data", tree, "--epochs", 1, "--cache", cache, *SMALL, "--out", tmp_path / "2", "--cache-limit", 1e-9)
+    assert (cache / "mine" / "model.pt").exists() and not list(cache.glob("?" * 32 + "/*.pt"))
     (tmp_path / "file").write_text("in the way")
     result = run("train", "--data", tree, "--epochs", 1, "--cache", tmp_path / "file" / "cache", *SMALL, "--out", tmp_path / "out")
     assert "not remembered" in result.err and result.json["epochs"] == 1
@@ -239,7 +271,8 @@ def test_compiled_is_the_same_function(run, trained, tree, tmp_path):
 
 def test_a_second_run_waits_outside(run, tree, tmp_path):
     from common import locked
-    with locked(tmp_path / "out"):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out" / ".lock"):
         run("train", "--data", tree, "--out", tmp_path / "out", *SMALL, code=75)
 
 
