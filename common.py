@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import io
 import math
 import os
 import signal
@@ -221,7 +222,7 @@ def replacing(path, mode: str = "w"):
 
 @contextlib.contextmanager
 def locked(path: Path):
-    """Hold a lock file, which the kernel frees when this process ends, however it does; raises Locked if another run holds it."""
+    """Hold a lock file, which the kernel frees when this process ends, however it does; raises Locked if another has it."""
     while True:
         file = open(path, "w")
         try:
@@ -256,15 +257,15 @@ def file_hash(path, algorithm: str = "sha256") -> str:
 
 # ---------------------------------------------------------------- images and trees
 
-def read_image(path) -> Image.Image:
-    """Read an image file of any mode that Pillow opens as RGB, turned upright by its EXIF orientation.
+def read_image(path, content: bytes | None = None) -> Image.Image:
+    """Read an image file (or its content, if at hand) of any mode that Pillow opens as RGB, turned upright by its EXIF tag.
 
     Transparency is dropped, 16 bits become 8 by division; 32-bit integers and floats, which have no agreed range, are
     stretched from their own minimum and maximum. Raises ImageError, also where a header promises more than 178 million
     pixels (Pillow's bound on decompression bombs).
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             image.load()
             deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
             with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse good pixels

@@ -11,6 +11,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import io
 import json
 import lzma
 import math
@@ -95,7 +96,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     out = args.out.resolve()
-    staging, old, lock = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old", "lock"))  # beside OUT, to be renamed
+    staging, old, lock = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old", "lock"))  # all beside OUT
     with made_parents(out), locked(lock):
         recover(out, staging, old)
         request = describe_request(args)
@@ -107,7 +108,7 @@ def main(argv=None):
         try:
             staging.mkdir()
             records, others = gather(args, source, staging / "files")
-            bad = check(records, describe=args.dry_run)
+            bad = check(records, source, args.dry_run)
             records = choose(args, out, records, bad)
             changed = not args.dry_run and not all("kept" in record for record in records)
             if args.dry_run:
@@ -141,7 +142,7 @@ def made_parents(path: Path):
 # ---------------------------------------------------------------- what is asked for, and what is there
 
 def recover(out: Path, staging: Path, old: Path):
-    """Clear what a killed run has left beside OUT; if it died between moving the old tree away and the new one in, undo that."""
+    """Clear what a killed run has left beside OUT; if it died between moving the old tree out and the new one in, undo that."""
     if old.exists() and not out.exists():
         old.rename(out)
     for leftover in (staging, old):
@@ -156,7 +157,9 @@ def describe_request(args) -> dict:
         source, out = args.source.resolve(), args.out.resolve()
         if out == source or out in source.parents or source in out.parents:
             raise UserError(f"--source {args.source} and --out {args.out} lie within each other; choose another --out")
-        files = [args.source] if args.source.is_file() else [Path(root, name) for root, names in walk(args.source) for name in names]
+        files = [args.source]
+        if args.source.is_dir():
+            files = [Path(root, name) for root, names in walk(args.source) for name in names]
         stats = "".join(f"{os.fsencode(f)!r} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
         content = hashlib.sha256(stats.encode()).hexdigest()
     else:
@@ -165,7 +168,7 @@ def describe_request(args) -> dict:
     if args.splits:
         files = [args.splits] if args.splits.is_file() else [args.splits / f"{part}.txt" for part in SPLITS]
         if not all(file.is_file() for file in files if file.stem != "val"):
-            raise UserError(f"--splits {args.splits}: expected a splits.csv, or a folder with train.txt, test.txt and perhaps val.txt")
+            raise UserError(f"--splits {args.splits}: expected a splits.csv, or a folder with train.txt, test.txt, perhaps val.txt")
         listed = [file_hash(file) for file in files if file.is_file()]
     return {"source": str(source), "content": content, "val": args.val, "test": args.test, "seed": args.seed, "splits": listed,
             "per_class": args.per_class, "on_bad": args.on_bad}
@@ -238,13 +241,14 @@ def download(args, folder: Path) -> Path:
         with urllib.request.urlopen(request, timeout=60) as response:
             have = have if response.status == 206 else 0  # a server without ranges, or a file: from the beginning
             total = have + int(response.headers.get("Content-Length") or 0)
-            with open(part, "ab" if have else "wb") as file, Progress(f"download {archive.name}", total >> 10, "KiB", 10) as progress:
+            progress = Progress(f"download {archive.name}", total >> 10, "KiB", 10)
+            with open(part, "ab" if have else "wb") as file, progress:
                 progress.update(have >> 10)
                 while block := response.read(1 << 18):
                     file.write(block)
                     progress.update(len(block) >> 10)
         if part.stat().st_size < total:
-            raise OSError(f"the connection ended after {part.stat().st_size} of {total} bytes; the same command goes on from there")
+            raise OSError(f"the connection ended after {part.stat().st_size} of {total} bytes; the same command goes on there")
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code == 416:  # nothing is left to fetch of it
             pass
@@ -267,57 +271,62 @@ def gather(args, source: Path | None, folder: Path) -> tuple[list[dict], int]:
     return classify(files, folders, str(source)), others
 
 
-def unpack(source: Path, folder: Path) -> tuple[list[tuple[PurePosixPath, Path]], set[PurePosixPath], int]:
-    """The images of a folder or archive: [(path within the source, file to read)], all its folders, and a count of other files.
+def unpack(source: Path, folder: Path) -> tuple[list[tuple], set[PurePosixPath], int]:
+    """The images of a folder or archive, all its folders, and a count of other files.
 
-    Archives are extracted into `folder` under plain names, so that nothing in an archive can name a place outside. Raises
-    UserError for an archive that is damaged, holds links or paths that climb out, or unpacks to far more than it weighs.
+    An image is (path within the source, file to read, None); or, in a zip, (path, file to extract to, number of its entry),
+    for `check` to extract in parallel. Extracted files have plain names in `folder`, so that nothing in an archive can name
+    a place outside. Raises UserError for an archive that is damaged, holds links or paths that climb out, or unpacks to
+    far more than it weighs.
     """
     files, folders, others = [], set(), 0
     if source.is_dir():
         for root, names in walk(source):
             folders.add(PurePosixPath(Path(root).relative_to(source)))
             images = [name for name in names if is_image_name(name)]
-            files += [(PurePosixPath(Path(root, name).relative_to(source)), Path(root, name)) for name in images]
+            files += [(PurePosixPath(Path(root, name).relative_to(source)), os.path.join(root, name), None) for name in images]
             others += len(names) - len(images)
         return files, folders, others
     folder.mkdir()
     room = max(UNPACK_FLOOR, UNPACK_RATIO * source.stat().st_size)
-    try:
-        with Progress(f"unpack {source.name}", None, "files", every=10) as progress:
-            for name, stream in archive_members(source):
-                path = PurePosixPath(name)
-                if any(part.startswith((".", "__MACOSX")) for part in path.parts):
-                    others += stream is not None
-                    continue
-                folders.add(path.parent if stream else path)
-                if stream is None:
-                    continue
-                if not is_image_name(path.name):
-                    others += 1
-                    continue
-                target = folder / f"{len(files)}{path.suffix}"
-                with stream() as content, open(target, "wb") as file:
-                    while block := content.read(1 << 20):
-                        room -= len(block)
-                        if room < 0:
-                            raise UserError(f"{source} unpacks to more than {UNPACK_RATIO} times its size: refused; if you "
-                                            "trust it, unpack it yourself and pass the folder")
-                        file.write(block)
-                files.append((path, target))
-                progress.update(1)
-    except OSError as error:
-        if error.errno:  # a full disk, say; bzip2 raises an OSError without a number for damaged data
-            raise
-        raise UserError(f"cannot unpack {source}: {one_line(error)}; is it damaged?") from None
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
-            ValueError) as error:
-        raise UserError(f"cannot unpack {source}: {one_line(error) or type(error).__name__}; is it damaged?") from None
+    with damage_is_named(source), Progress(f"read {source.name}", None, "files", every=10) as progress:
+        for number, (name, is_folder, size, stream) in enumerate(archive_members(source)):
+            path = PurePosixPath(name)
+            hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+            if not hidden and (is_folder or not is_image_name(path.name)):
+                folders.add(path if is_folder else path.parent)
+            if is_folder or hidden or not is_image_name(path.name):
+                others += not is_folder
+                continue
+            room -= size  # as declared: more than that is never read
+            if room < 0:
+                raise UserError(f"{source} unpacks to more than {UNPACK_RATIO} times its size: refused; if you trust it, "
+                                "unpack it yourself and pass the folder")
+            target = f"{folder}{os.sep}{len(files)}{path.suffix}"
+            if stream:
+                with stream, open(target, "wb") as file:
+                    shutil.copyfileobj(stream, file)
+            files.append((path, target, None if stream else number))
+            progress.update(1)
     return files, folders, others
 
 
+@contextlib.contextmanager
+def damage_is_named(archive):
+    """Turn what the decoders of archives raise on damaged data into a UserError that names the archive."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno:  # a full disk, say; bzip2 raises an OSError without a number for damaged data
+            raise
+        raise UserError(f"cannot unpack {archive}: {one_line(error)}; is it damaged?") from None
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
+            ValueError) as error:
+        raise UserError(f"cannot unpack {archive}: {one_line(error) or type(error).__name__}; is it damaged?") from None
+
+
 def archive_members(source: Path):
-    """Yield (name, function that opens it) of the files in a zip or tar, and (name, None) of its folders.
+    """Yield (name, whether it is a folder, size, open stream or None) of what is in a tar, or in a zip (without stream).
 
     Raises UserError for links and for names that climb out.
     """
@@ -325,12 +334,16 @@ def archive_members(source: Path):
         with zipfile.ZipFile(source) as archive:
             for member in archive.infolist():
                 check_member(source, member.filename, link=member.external_attr >> 28 == 0o12)
-                yield member.filename, None if member.is_dir() else lambda: archive.open(member)
+                yield member.filename, member.is_dir(), member.file_size, None
     elif tarfile.is_tarfile(source):
         with tarfile.open(source) as archive:
             for member in archive:
                 check_member(source, member.name, link=not (member.isreg() or member.isdir()))
-                yield member.name, None if member.isdir() else lambda: archive.extractfile(member)
+                yield member.name, member.isdir(), member.size, archive.extractfile(member)
+            archive.fileobj.seek(archive.offset)  # tarfile takes a broken header for the end, and would lose what follows
+            while block := archive.fileobj.read(1 << 20):
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError("a broken header")
     else:
         raise UserError(f"{source} is no folder, zip or tar that can be read; is it damaged?")
 
@@ -338,22 +351,22 @@ def archive_members(source: Path):
 def check_member(source: Path, name: str, link: bool):
     if link:
         raise UserError(f"{source}: entry {name!r} is a link or a special file; refused")
-    if name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts or name[1:2] == ":":
+    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":":
         raise UserError(f"{source}: entry {name!r} climbs out of the archive; refused")
 
 
 # ---------------------------------------------------------------- files -> records: class, name, content
 
-def classify(files: list[tuple[PurePosixPath, Path]], folders: set[PurePosixPath], source: str) -> list[dict]:
+def classify(files: list[tuple], folders: set[PurePosixPath], source: str) -> list[dict]:
     """Find the class of each file: its first folder below those that wrap all. train/, val/, test/ in that place are kept.
 
-    Returns records with class, name (unique within its class and split), file and split (None: to be assigned). Raises
-    UserError for no images or one class, an image outside the class folders, a class folder without images, and for
-    names that would collide.
+    Returns records with class, name (unique within its class and split), file, member (number of its entry, if it is in a
+    zip) and split (None: to be assigned). Raises UserError for no images or one class, an image outside the class folders,
+    a class folder without images, and for names that would collide.
     """
     if not files:
         raise UserError(f"no images in {source}; expected <class>/<image> with one of the usual extensions")
-    parts, depth = [path.parts for path, _ in files], 0
+    parts, depth = [path.parts for path, *_ in files], 0
     while len({p[depth] for p in parts}) == 1 and all(len(p) > depth + 2 for p in parts):
         depth += 1
     first = {p[depth] for p in parts}
@@ -361,11 +374,11 @@ def classify(files: list[tuple[PurePosixPath, Path]], folders: set[PurePosixPath
     depth += given
     used = {p[:depth + 1] for p in parts if len(p) > depth + 1}
     records, seen = [], set()
-    for (path, file), p in zip(files, parts):
+    for (path, file, member), p in zip(files, parts):
         if len(p) < depth + 2:
             raise UserError(f"{path} in {source} is in no class folder; expected <class>/<image>")
-        record = {"class": p[depth], "name": "__".join(p[depth + 1:]), "file": str(file), "path": str(path),
-                  "split": p[depth - 1] if given else None}
+        record = {"class": p[depth], "name": "__".join(p[depth + 1:]), "file": file, "path": str(path),
+                  "member": member, "split": p[depth - 1] if given else None}
         key = (record["split"], record["class"].casefold(), record["name"].casefold())
         if key in seen:
             raise UserError(f"two images would both become {record['class']}/{record['name']}; rename one of them")
@@ -380,37 +393,52 @@ def classify(files: list[tuple[PurePosixPath, Path]], folders: set[PurePosixPath
     return records
 
 
-def check(records: list[dict], describe: bool = False) -> list[dict]:
-    """Decode and hash every file, in parallel; adds sha256, and with `describe` size and mode. Returns those that cannot be
-    read, with a reason."""
+def check(records: list[dict], archive: Path | None, describe: bool = False) -> list[dict]:
+    """Decode and hash every file, in parallel, extracting those that are in a zip; adds sha256, and with `describe` size and
+    mode. Returns those that cannot be read, with a reason."""
     chunks = [records[i:i + 200] for i in range(0, len(records), 200)]
     with contextlib.ExitStack() as stack:
         run = map  # in this process, where starting others takes longer than the work
         if len(chunks) > 5:
             run = stack.enter_context(ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))).map
         progress = stack.enter_context(Progress("check", len(records), every=10))
-        look = functools.partial(check_files, describe=describe)
-        for chunk, results in zip(chunks, run(look, [[r["file"] for r in chunk] for chunk in chunks])):
+        stamp = archive.stat().st_mtime_ns if archive else 0
+        look = functools.partial(check_files, archive=archive and (str(archive), stamp), describe=describe)
+        for chunk, results in zip(chunks, run(look, [[(r["file"], r["member"]) for r in chunk] for chunk in chunks])):
             for record, result in zip(chunk, results):
                 record.update(result)
             progress.update(len(chunk))
+    open_zip.cache_clear()
     return [record for record in records if "reason" in record]
 
 
-def check_files(files: list[str], describe: bool) -> list[dict]:
-    """For each file its sha256 and, where it does not decode as an image, the reason."""
+def check_files(files: list[tuple[str, int | None]], archive: tuple | None, describe: bool) -> list[dict]:
+    """For each (file, number of its entry in the zip, or None) its sha256 and, where it is no image, the reason."""
     results = []
-    for file in files:
-        result = {"sha256": file_hash(file)}
+    for file, member in files:
+        if member is None:
+            content = Path(file).read_bytes()
+        else:
+            with damage_is_named(archive[0]):
+                zipped = open_zip(*archive)
+                content = zipped.read(zipped.infolist()[member])
+            Path(file).write_bytes(content)
+        result = {"sha256": hashlib.sha256(content).hexdigest()}
         try:
-            read_image(file)
+            read_image(file, content)
             if describe:
-                with Image.open(file) as image:
+                with Image.open(io.BytesIO(content)) as image:
                     result |= {"size": image.size, "mode": image.mode}
         except ImageError as error:
             result["reason"] = error.reason
         results.append(result)
     return results
+
+
+@functools.lru_cache(maxsize=1)
+def open_zip(path: str, stamp: int) -> zipfile.ZipFile:
+    """An archive opened once per process: reading the table of a large one takes a while."""
+    return zipfile.ZipFile(path)
 
 
 # ---------------------------------------------------------------- records -> splits
@@ -419,8 +447,8 @@ def choose(args, out: Path, records: list[dict], bad: list[dict]) -> list[dict]:
     """The records that make the tree, each with its split. Raises UserError for bad images unless they may be skipped, and
     for content that stands under two classes."""
     if bad and args.on_bad == "fail" and not args.dry_run:
-        raise UserError(f"{len(bad)} of {len(records)} images cannot be read: " + some(f"{r['path']} ({r['reason']})" for r in bad)
-                        + "; repair or remove them, or leave them out with --on-bad skip")
+        raise UserError(f"{len(bad)} of {len(records)} images cannot be read: "
+                        + some(f"{r['path']} ({r['reason']})" for r in bad) + "; repair or remove them, or leave them out with --on-bad skip")
     records = [record for record in records if "reason" not in record]
     (contents,) = group_by_content(records).values() if records else [{}]
     if torn := [group for group in contents.values() if len({r["class"] for r in group}) > 1]:
@@ -440,7 +468,7 @@ def choose(args, out: Path, records: list[dict], bad: list[dict]) -> list[dict]:
     if doubled := len(records) - len(contents):
         log(f"{doubled} images repeat the content of another; the program gives equal images to the same split")
     if leaked := sum(len({r["split"] for r in group}) > 1 for group in contents.values()):
-        log(f"warning: {leaked} images stand in more than one split of the source or list; what is measured on them is too good")
+        log(f"warning: {leaked} images stand in more than one split of the source or list: the measurement is too good")
     return records
 
 
@@ -484,8 +512,8 @@ def follow_list(records: list[dict], splits: Path):
                 else:
                     found[0]["split"], found[0]["listed"] = part, True
     unlisted = [record["path"] for record in records if "listed" not in record]
-    if problems := [f"{len(names)} names {what} ({some(names, 3)})" for names, what in
-                    ((missing, "are not in the source"), (doubled, "are doubled"), (unlisted, "of the source are in no list")) if names]:
+    kinds = (missing, "are not in the source"), (doubled, "are doubled"), (unlisted, "of the source are in no list")
+    if problems := [f"{len(names)} names {what} ({some(names, 3)})" for names, what in kinds if names]:
         raise UserError(f"--splits {splits} does not fit the source: {'; '.join(problems)}")
 
 
@@ -498,8 +526,8 @@ def merge(records: list[dict], out: Path) -> list[dict]:
     new = [record for record in records if record["sha256"] not in known]
     taken = {(row["class"].casefold(), PurePosixPath(row["path"]).name.casefold()) for row in rows}
     if changed := [r["path"] for r in new if (r["class"].casefold(), r["name"].casefold()) in taken]:
-        raise UserError(f"{len(changed)} images have the name of one in {out}, but other content: {some(changed)}; rename them, "
-                        "or make the tree anew with --force")
+        raise UserError(f"{len(changed)} images have the name of one in {out}, but other content: {some(changed)}; rename "
+                        "them, or make the tree anew with --force")
     log(f"{len(new)} new images, {len(rows)} known")
     return [{"class": row["class"], "split": row["split"], "sha256": row["sha256"], "file": str(out / row["path"]),
              "name": PurePosixPath(row["path"]).name, "path": row["path"], "kept": True} for row in rows] + new
@@ -525,7 +553,7 @@ def sample(records: list[dict], count: int, seed: int) -> list[dict]:
 
 
 def split(records: list[dict], val: float, test: float, seed: int):
-    """Assign records without a split to train, val and test, class by class and exact to the image; equal content stays together.
+    """Assign records without a split to train, val, test, class by class and exact to the image; equal content stays together.
 
     The same content, shares and seed give the same split, whatever the files' names or order. With some records assigned
     before (--update), the others bring each class as near to the shares as they can. Where all are, because the source is
@@ -544,8 +572,8 @@ def split(records: list[dict], val: float, test: float, seed: int):
     for name, members in sorted(classes.items()):
         wanted = {part: round(len(members) * share) for part, share in shares.items()}
         if sum(wanted.values()) >= len(members):
-            raise UserError(f"class {name} has {len(members)} images, of which --val {val} and --test {test} leave none for train; "
-                            "lower them, or add images")
+            raise UserError(f"class {name} has {len(members)} images, of which --val {val} and --test {test} leave none for "
+                            "train; lower them, or add images")
         if short := [part for part, share in shares.items() if share and not wanted[part]]:
             log(f"warning: class {name} has only {len(members)} images: none for {', '.join(short)}")
         left = {part: count - sum(r["split"] == part for r in members) for part, count in wanted.items()}
@@ -570,12 +598,13 @@ def lay_out(records: list[dict], bad: list[dict], request: dict, link: str, stag
         (staging / folder).mkdir(parents=True)
     with Progress("lay out", len(records), every=10) as progress:
         for record, target in zip(records, targets):
-            if Path(record["file"]).parent == staging / "files":
-                os.rename(record["file"], staging / target)
+            target = f"{staging}/{target}"
+            if record["file"].startswith(f"{staging}{os.sep}"):
+                os.rename(record["file"], target)
             elif link == "hard" or "kept" in record:
-                link_file(record["file"], staging / target, or_copy="kept" in record)
+                link_file(record["file"], target, or_copy="kept" in record)
             else:
-                shutil.copyfile(record["file"], staging / target)
+                shutil.copyfile(record["file"], target)
             progress.update(1)
     shutil.rmtree(staging / "files", ignore_errors=True)
     rows = sorted([target, r["class"], r["split"], r["sha256"]] for r, target in zip(records, targets))
@@ -586,12 +615,12 @@ def lay_out(records: list[dict], bad: list[dict], request: dict, link: str, stag
         json.dump(request, file)
 
 
-def link_file(source: str, target: Path, or_copy: bool):
+def link_file(source: str, target: str, or_copy: bool):
     try:
         os.link(source, target)
     except OSError as error:
         if not or_copy:
-            raise UserError(f"--link hard: cannot link {source} to {target}: {error.strerror}; leave out --link hard to copy") from None
+            raise UserError(f"--link hard: cannot link {source}: {error.strerror}; leave out --link hard to copy") from None
         shutil.copyfile(source, target)
 
 
@@ -601,7 +630,7 @@ def write_csv(path: Path, header: list[str], rows: list[list]):
 
 
 def replace_tree(staging: Path, out: Path, old: Path):
-    """Rename the finished tree to OUT; an old tree is moved aside first, and removed last. `recover` mends a death in between."""
+    """Rename the finished tree to OUT; an old one is moved aside first, and removed last. `recover` mends a death in between."""
     if hasattr(os, "sync"):
         os.sync()  # names must not reach the disk before the contents do
     if out.exists():
@@ -612,7 +641,8 @@ def replace_tree(staging: Path, out: Path, old: Path):
 
 def summary(records: list[dict]) -> dict:
     """Counts of images by class and split."""
-    counts = {part: dict(sorted(collections.Counter(r["class"] for r in records if r["split"] == part).items())) for part in SPLITS}
+    counts = {part: dict(sorted(collections.Counter(r["class"] for r in records if r["split"] == part).items()))
+              for part in SPLITS}
     return {"images": len(records), "classes": len({r["class"] for r in records}),
             **{part: sum(counts[part].values()) for part in SPLITS}, "counts": counts}
 
@@ -635,13 +665,14 @@ def show_dry_run(records: list[dict], bad: list[dict]):
     if sizes:
         told = "  ".join(f"{what} {w}x{h}" for what, (w, h) in zip(("smallest", "median", "largest"),
                                                                     (sizes[0], sizes[len(sizes) // 2], sizes[-1])))
-        modes = ", ".join(f"{mode} {n}" for mode, n in collections.Counter(r["mode"] for r in records if "mode" in r).most_common())
+        counts = collections.Counter(r["mode"] for r in records if "mode" in r)
+        modes = ", ".join(f"{mode} {count}" for mode, count in counts.most_common())
         log(f"pixels: {told}\nmodes: {modes}", stamp=False)
 
 
 # ---------------------------------------------------------------- a demonstration set, drawn
 
-def draw_synthetic(folder: Path, per_class: int, seed: int) -> list[tuple[PurePosixPath, Path]]:
+def draw_synthetic(folder: Path, per_class: int, seed: int) -> list[tuple]:
     """Draw per_class tiles of 64x64 pixels for each of ten classes named as EuroSAT's; the same seed draws the same."""
     folder.mkdir()
     files = []
@@ -653,7 +684,7 @@ def draw_synthetic(folder: Path, per_class: int, seed: int) -> list[tuple[PurePo
                 tile = Image.blend(paint(rng), grain, rng.uniform(0.05, 0.3))
                 path = folder / f"{name}_{number}.png"
                 tile.save(path)
-                files.append((PurePosixPath(name, path.name), path))
+                files.append((PurePosixPath(name, path.name), str(path), None))
                 progress.update(1)
     return files
 

@@ -175,12 +175,16 @@ def check_resumable(args, state: dict, settings: dict):
 
 
 def run_settings(args, classes: list[str], splits: dict, files: dict, key: dict) -> dict:
-    """All that shapes the result, as plain values: arguments, classes, digests of the images and of all that features depend on."""
+    """All that shapes the result, as plain values: arguments, classes, digests of the images and of what features depend on."""
     without = ("resume", "restart", "list_archs", "out", "workers", "cache", "no_cache", "cache_limit", "compile")
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in without}
+    values = {name: value for name, value in plain_arguments(args).items() if name not in without}
     images = [(split, target, sha256) for split, (_, targets) in splits.items()
               for target, (sha256, _) in zip(targets.tolist(), files[split])]
     return values | {"classes": classes, "images": digest_of(images), "network and libraries": digest_of(key)}
+
+
+def plain_arguments(args) -> dict:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
 def digest_of(value) -> str:
@@ -351,7 +355,7 @@ def feature_key(model: torch.nn.Module, model_kwargs: dict, frozen: FrozenModel,
 
 
 def compute_batch(frozen: FrozenModel, batch: list, data: dict, stores: dict, progress: Progress):
-    """Run a batch of (path, pixels, split, row, (sha256, stamp), [(number, view)]) through the backbone, into data and stores."""
+    """Run a batch of (path, pixels, split, row, (sha256, stamp), [(number, view)]) through the backbone, into data, stores."""
     for path, pixels, _, _, (_, stamp), _ in batch:
         if isinstance(pixels, ImageError):
             raise pixels
@@ -674,12 +678,11 @@ def write_torch(path: Path, content: dict):
 
 def save_model(args, model, model_kwargs: dict, classes: list[str], preprocessing: dict, temperature: float, row: dict):
     """Write OUT/model.pt, the finished model, with everything that evaluate.py and predict.py need."""
-    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     write_torch(args.out / "model.pt", {
         "format": CHECKPOINT_FORMAT, "version": FORMAT_VERSION, "arch": args.arch, "model_kwargs": model_kwargs,
         "classes": classes, "preprocessing": preprocessing, "temperature": temperature,
         "state_dict": {key: value.cpu() for key, value in model.state_dict().items()},
-        "metrics": row, "args": arguments, "versions": {"python": platform.python_version(), **library_versions()}})
+        "metrics": row, "args": plain_arguments(args), "versions": {"python": platform.python_version(), **library_versions()}})
 
 
 def library_versions() -> dict[str, str]:
