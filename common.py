@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXIT_USAGE, EXIT_SOME_UNREADABLE, EXIT_BELOW_BAR, EXIT_LOCKED, EXIT_SIGINT, EXIT_SIGTERM = 2, 3, 4, 75, 130, 143
 EXIT_CODES = """exit codes:
@@ -281,6 +281,8 @@ def read_image(path, content: bytes | None = None) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
+    except UnidentifiedImageError:
+        raise ImageError(path, "cannot identify image file") from None
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, MemoryError, RuntimeError,
             struct.error, zlib.error, Image.DecompressionBombError) as error:  # what decoders raise on broken files
         reason = str(error).replace(repr(str(path)), "").replace(str(path), "").strip() or type(error).__name__
@@ -563,7 +565,7 @@ def read_checkpoint(path) -> tuple[dict, torch.nn.Module]:
         model = build_model(content["arch"], content["model_kwargs"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: this torchvision cannot build its model: {error}") from None
-    load_weights(model, content["state_dict"], path)
+    load_weights(model, content["state_dict"], content["arch"], path)
     return content, model.eval()
 
 
@@ -574,7 +576,7 @@ def build_model(arch: str, model_kwargs: dict) -> torch.nn.Module:
         return torchvision.models.get_model(arch, weights=None, **model_kwargs)
 
 
-def load_weights(model: torch.nn.Module, state_dict: dict, path):
+def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path):
     """Load a state dict into a model of exactly its keys and shapes; raises UserError naming the keys that do not fit."""
     own = model.state_dict()
     shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}
@@ -584,5 +586,5 @@ def load_weights(model: torch.nn.Module, state_dict: dict, path):
     if any(wrong.values()):
         details = "; ".join(f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
                             for kind, keys in wrong.items() if keys)
-        raise UserError(f"{path} does not fit {type(model).__name__}: {details}")
+        raise UserError(f"{path} does not fit the architecture {arch}: {details}")
     model.load_state_dict(state_dict)

@@ -1,7 +1,8 @@
 """Measure a trained classifier on one split of a tree: numbers as JSON and CSV, and pictures.
 
-Writes into the report folder metrics.json, per_class.csv, predictions.csv, confusion_matrix.png and, where the training's
-history.csv is at hand, curves.png. The table for people goes to stderr, the JSON of metrics.json to stdout.
+Writes metrics.json, per_class.csv, predictions.csv, confusion_matrix.png and, where the training's history.csv is at hand,
+curves.png into the report folder, replacing an earlier report. The loss is that of the history, without the temperature;
+the probabilities in predictions.csv are calibrated by it. A table goes to stderr, the JSON of metrics.json to stdout.
 """
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def parse_args(argv):
     group.add_argument("--top-k", type=positive_int, default=1, help="report this many classes, the most probable first")
     group.add_argument("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
     group.add_argument("--plot", type=Path, metavar="FILE.png",
-                       help=f"show each image with its most probable classes; beyond {PLOT_COLUMNS * PLOT_ROWS} images, "
-                            "further pages are FILE-2.png, FILE-3.png, ...")
+                       help=f"show each image with its {PLOT_BARS} most probable classes; beyond {PLOT_COLUMNS * PLOT_ROWS} "
+                            "images, further pages are FILE-2.png, FILE-3.png, ...")
     add_hardware_options(parser)
     args = parser.parse_args(argv)
     args.format = args.format or ("table" if sys.stdout.isatty() else "csv")
@@ -153,7 +153,8 @@ class Album:
         from matplotlib.figure import Figure
         columns = min(PLOT_COLUMNS, len(self.waiting))
         rows = math.ceil(len(self.waiting) / columns)
-        figure = Figure(figsize=(4.6 * columns, 1.9 * rows + 0.1), layout="constrained")
+        figure = Figure(figsize=(4.6 * columns, 2.05 * rows + 0.2), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.1, w_pad=0.06)
         cells = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.35] * columns).ravel()
         for axes in cells:
             axes.set_axis_off()

@@ -102,7 +102,8 @@ def main(argv=None):
         request = describe_request(args)
         if not args.dry_run and is_done(args, out, request):
             log(f"{args.out} is complete, nothing to do")
-            print(json.dumps({"out": str(args.out), "changed": False, **summary(read_splits_csv(out / "splits.csv"))}))
+            print(json.dumps({"out": str(args.out), "changed": False, "dry_run": False,
+                              **summary(read_splits_csv(out / "splits.csv")), "not_images": None, "rejected": None}))
             return
         source = args.source if args.source or args.synthetic else download(args, out.parent)
         try:
@@ -123,7 +124,8 @@ def main(argv=None):
     for count, what in ((others, "files that are not images (by their extension)"), (len(bad), "images that cannot be read")):
         if count:
             log(f"left out {count} {what}")
-    print(json.dumps({"out": str(args.out), "changed": changed, **report, "not_images": others, "rejected": len(bad)}))
+    print(json.dumps({"out": str(args.out), "changed": changed, "dry_run": args.dry_run, **report,
+                      "not_images": others, "rejected": len(bad)}))
 
 
 @contextlib.contextmanager
@@ -168,7 +170,7 @@ def describe_request(args) -> dict:
     if args.splits:
         files = [args.splits] if args.splits.is_file() else [args.splits / f"{part}.txt" for part in SPLITS]
         if not all(file.is_file() for file in files if file.stem != "val"):
-            raise UserError(f"--splits {args.splits}: expected a splits.csv, or a folder with train.txt, test.txt, perhaps val.txt")
+            raise UserError(f"--splits {args.splits}: expected a splits.csv, or a folder of train.txt, test.txt, val.txt")
         listed = [file_hash(file) for file in files if file.is_file()]
     return {"source": str(source), "content": content, "val": args.val, "test": args.test, "seed": args.seed, "splits": listed,
             "per_class": args.per_class, "on_bad": args.on_bad}
@@ -448,7 +450,8 @@ def choose(args, out: Path, records: list[dict], bad: list[dict]) -> list[dict]:
     for content that stands under two classes."""
     if bad and args.on_bad == "fail" and not args.dry_run:
         raise UserError(f"{len(bad)} of {len(records)} images cannot be read: "
-                        + some(f"{r['path']} ({r['reason']})" for r in bad) + "; repair or remove them, or leave them out with --on-bad skip")
+                        + some(f"{r['path']} ({r['reason']})" for r in bad)
+                        + "; repair or remove them, or leave them out with --on-bad skip")
     records = [record for record in records if "reason" not in record]
     (contents,) = group_by_content(records).values() if records else [{}]
     if torn := [group for group in contents.values() if len({r["class"] for r in group}) > 1]:
@@ -528,7 +531,10 @@ def merge(records: list[dict], out: Path) -> list[dict]:
     if changed := [r["path"] for r in new if (r["class"].casefold(), r["name"].casefold()) in taken]:
         raise UserError(f"{len(changed)} images have the name of one in {out}, but other content: {some(changed)}; rename "
                         "them, or make the tree anew with --force")
-    log(f"{len(new)} new images, {len(rows)} known")
+    found = {record["sha256"] for record in records}
+    gone = sum(row["sha256"] not in found for row in rows)
+    log(f"{len(rows)} images in the tree, {len(new)} new ones in the source"
+        + (f"; {gone} are no longer in the source, and are kept" if gone else ""))
     return [{"class": row["class"], "split": row["split"], "sha256": row["sha256"], "file": str(out / row["path"]),
              "name": PurePosixPath(row["path"]).name, "path": row["path"], "kept": True} for row in rows] + new
 
@@ -630,7 +636,7 @@ def write_csv(path: Path, header: list[str], rows: list[list]):
 
 
 def replace_tree(staging: Path, out: Path, old: Path):
-    """Rename the finished tree to OUT; an old one is moved aside first, and removed last. `recover` mends a death in between."""
+    """Rename the finished tree to OUT; an old one is moved aside first and removed last. `recover` mends a death in between."""
     if hasattr(os, "sync"):
         os.sync()  # names must not reach the disk before the contents do
     if out.exists():

@@ -278,7 +278,7 @@ def read_pretrained(arch: str, path: Path, size: int, preprocessing: dict) -> tu
     if torch.is_tensor(weight) and weight.dim() and len(weight) != outputs:
         replace_head(model, outputs, len(weight))
         outputs = len(weight)
-    load_weights(model, content, path)
+    load_weights(model, content, f"{arch} (choose another with --arch)", path)
     return model, outputs, preprocessing
 
 
@@ -524,7 +524,7 @@ def prune_cache(cache: Path, limit: float):
             if total > limit:
                 file.unlink()
                 total -= size
-        log(f"features remembered in {cache}: {total / 1e9:.2f} GB of at most {limit / 1e9:g}")
+        log(f"the cache {cache} holds {total / 1e9:.2f} GB of at most {limit / 1e9:g}")
 
 
 # ---------------------------------------------------------------- the head

@@ -1,13 +1,16 @@
-"""Timing that anyone can repeat: the feature pass against the bare forward, and the whole command against the notebook way.
+"""Timing that anyone can repeat: the feature pass against the bare forward, and whole commands against the notebook way.
 
     python tests/benchmark.py pass --data data/eurosat --arch resnet50
-    python tests/benchmark.py compare --data data/eurosat100 --weights none
+    python tests/benchmark.py cache --data data/eurosat --arch mobilenet_v2
+    python tests/benchmark.py compare --data data/eurosat100 --arch resnet50
 
-`pass` measures in turn, several rounds: a matrix product, the frozen backbone on images in memory, the backbone as a notebook
-runs it (fp32, NCHW, batches of 64, BatchNorm not folded), and the pass from files to features; it prints medians and ratios.
+`pass` measures in turn, several rounds: a matrix product, the frozen backbone on images in memory, the network as a notebook
+runs it (fp32, NCHW, batches of 64, BatchNorm not folded), and train.py's pass from files to features; medians and ratios.
+`cache` runs train.py cold, warm, and with the bytes of 1 % of the images changed: seconds, seconds of a head epoch, memory.
 `compare` runs, in turn: the notebook way (`notebook`, below), train.py with an empty cache, train.py again.
 """
 import argparse
+import csv
 import shutil
 import statistics
 import subprocess
@@ -15,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pass", "compare", "notebook"))
+    parser.add_argument("what", choices=("pass", "cache", "compare", "notebook"))
     parser.add_argument("--data", type=Path, default=Path("data/eurosat"))
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--weights", default="none", help="a torchvision state dict, or none: speed does not depend on it")
@@ -48,7 +52,8 @@ def measure_pass(args):
     import torchvision
     from torch.utils.flop_counter import FlopCounterMode
 
-    from common import FrozenModel, pick_device, read_batches, read_split
+    import train
+    from common import FrozenModel, pick_device, read_split
     device = pick_device(args.device)
     model = torchvision.models.get_model(args.arch, num_classes=10).eval()
     preprocessing = {"size": 224, "interpolation": "bilinear", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -60,8 +65,10 @@ def measure_pass(args):
     flops = counter.get_total_flops()
     n = 4096 if device.type == "cpu" else 16384
     matrix = torch.randn(n, n, device=device, dtype=frozen.dtype)
-    images = torch.randn(frozen.batch_size, 3, 224, 224, device=device, dtype=frozen.dtype).to(memory_format=torch.channels_last)
-    plain_model, plain_images = torchvision.models.get_model(args.arch, num_classes=10).eval().to(device), torch.randn(64, 3, 224, 224, device=device)
+    images = torch.randn(frozen.batch_size, 3, 224, 224, device=device, dtype=frozen.dtype)
+    images = images.to(memory_format=torch.channels_last)
+    plain_model = torchvision.models.get_model(args.arch, num_classes=10).eval().to(device)
+    plain_images = torch.randn(64, 3, 224, 224, device=device)
 
     def bare():
         with torch.inference_mode():
@@ -74,8 +81,9 @@ def measure_pass(args):
                 plain_model(plain_images)
 
     def from_files():
-        for batch in read_batches(paths, preprocessing, frozen.batch_size):
-            frozen.features(torch.stack([pixels for _, pixels in batch])).cpu()
+        files = {"train": train.hash_files(paths, None)}
+        options = SimpleNamespace(augment="none", no_cache=True, workers=None, out=None)
+        train.extract_features(frozen, {"train": (paths, torch.zeros(len(paths)))}, files, {}, options)
     works = {"matrix": lambda: matrix @ matrix, "bare": bare, "plain": plain, "pass": from_files}
     amounts = {"matrix": 2 * n ** 3 / flops, "bare": max(1, len(paths) // frozen.batch_size) * frozen.batch_size,
                "plain": max(1, len(paths) // 64) * 64, "pass": len(paths)}
@@ -86,7 +94,8 @@ def measure_pass(args):
         for name, work in works.items():
             rates[name].append(amounts[name] / seconds(work, device))
     middle = {name: statistics.median(values) for name, values in rates.items()}
-    print(f"{args.arch}, 224 px, {frozen.dtype}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {flops / 1e9:.2f} GFLOP/image")
+    print(f"{args.arch}, 224 px, {frozen.dtype}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"{flops / 1e9:.2f} GFLOP/image")
     for name, text in (("matrix", f"matrix product, {middle['matrix'] * flops / 1e9:.0f} GFLOP/s, as images"), ("bare", "bare forward"),
                        ("plain", "forward as a notebook does it"), ("pass", "pass, files to features")):
         print(f"{text:42} {middle[name]:8.1f} img/s   ({min(rates[name]):.1f} to {max(rates[name]):.1f})")
@@ -101,6 +110,8 @@ def notebook(args):
     from torch import nn
     from torch.utils.data import DataLoader
     from torchvision import datasets, models, transforms
+
+    from common import find_head
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     transform = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor(),
                                     transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
@@ -112,9 +123,11 @@ def notebook(args):
         model.load_state_dict(torch.load(args.weights, weights_only=True))
     for parameter in model.parameters():
         parameter.requires_grad = False
-    model.fc = nn.Linear(model.fc.in_features, len(train_set.classes))
+    name = find_head(model, 1000)  # "fc" of a ResNet
+    head = nn.Linear(model.get_submodule(name).in_features, len(train_set.classes))
+    model.set_submodule(name, head)
     model.to(device)
-    optimizer = torch.optim.Adam(model.fc.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
     for epoch in range(args.epochs):
         model.train()
         for images, labels in train_loader:
@@ -130,24 +143,55 @@ def notebook(args):
         print(f"epoch {epoch + 1} test accuracy {correct / len(test_set):.4f}", flush=True)
 
 
+def train_command(args, folder) -> list:
+    return [ROOT / "train.py", "--data", args.data, "--arch", args.arch, "--weights", args.weights, "--epochs", args.epochs,
+            "--precision", args.precision, *(["--device", args.device] if args.device else []),
+            "--out", f"{folder}/run", "--cache", f"{folder}/cache"]
+
+
+def timed(command) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
 def compare(args):
     with tempfile.TemporaryDirectory() as folder:
-        common = ["--data", args.data, "--arch", args.arch, "--weights", args.weights, "--epochs", args.epochs]
-        train = [ROOT / "train.py", *common, "--out", f"{folder}/run", "--cache", f"{folder}/cache"]
-        ways = {"notebook": [__file__, "notebook", *common], "cold": train, "warm": train}
+        train = train_command(args, folder)
+        baseline = [__file__, "notebook", "--data", args.data, "--arch", args.arch, "--weights", args.weights,
+                    "--epochs", args.epochs, *(["--device", args.device] if args.device else [])]
+        ways = {"notebook": baseline, "cold": train, "warm": train}
         times = {name: [] for name in ways}
         for number in range(args.rounds):
             shutil.rmtree(f"{folder}/cache", ignore_errors=True)
             for name, command in ways.items():
-                start = time.perf_counter()
-                subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                times[name].append(time.perf_counter() - start)
+                times[name].append(timed(command))
                 print(f"round {number + 1}  {name:9} {times[name][-1]:8.1f} s", flush=True)
         for name in ("cold", "warm"):
             ratios = [a / b for a, b in zip(times["notebook"], times[name])]
             print(f"notebook / {name}: {statistics.median(ratios):.1f}   ({min(ratios):.1f} to {max(ratios):.1f})")
 
 
+def cache(args):
+    import resource
+    with tempfile.TemporaryDirectory() as folder:
+        args.data = Path(shutil.copytree(args.data, f"{folder}/data"))
+        command = train_command(args, folder)
+        cold = timed(command)
+        print(f"cold {cold:.1f} s, peak memory of a run {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20:.2f} GiB")
+        warm = timed(command)
+        print(f"warm {warm:.1f} s, {warm / cold:.1%} of cold")
+        images = sorted(path for path in args.data.glob("*/*/*") if path.is_file())
+        for path in images[::100]:
+            with open(path, "ab") as file:
+                file.write(b"\n")  # another file, for all that anyone can tell
+        grown = timed(command)
+        print(f"{len(images[::100])} of {len(images)} images changed: {grown:.1f} s, {(grown - warm) / (cold - warm):.1%} of the pass")
+        with open(f"{folder}/run/history.csv", newline="") as file:
+            seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+        print(f"an epoch of the head: {statistics.median(seconds):.2f} s (median)")
+
+
 if __name__ == "__main__":
     arguments = parse_args()
-    {"pass": measure_pass, "compare": compare, "notebook": notebook}[arguments.what](arguments)
+    {"pass": measure_pass, "cache": cache, "compare": compare, "notebook": notebook}[arguments.what](arguments)
