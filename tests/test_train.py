@@ -149,7 +149,7 @@ def test_features_are_remembered_by_content(run, tree, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(tree, data)
     args = ["--data", data, "--epochs", 2, "--augment", "flip", "--cache", tmp_path / "cache", *SMALL]
-    assert "remembered in" in run("train", *args, "--out", tmp_path / "first").err
+    assert f"the cache {tmp_path / 'cache'} holds" in run("train", *args, "--out", tmp_path / "first").err
     assert "174 remembered" in run("train", *args, "--out", tmp_path / "second").err
     run("train", *args, "--out", tmp_path / "without", "--no-cache")
     first, second, without = (load(tmp_path / name / "model.pt")["state_dict"] for name in ("first", "second", "without"))
