@@ -352,6 +352,11 @@ def preprocess(image: Image.Image, size: int, interpolation: str) -> torch.Tenso
     return functional.resize(pixels, [size, size], functional.InterpolationMode(interpolation), antialias=True)
 
 
+def reader_threads(workers: int | None) -> int:
+    """--workers, or its default."""
+    return workers or min(2 * (os.cpu_count() or 1), 16)
+
+
 def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | None = None):
     """Read images in threads, ahead of the consumer: yields lists of up to batch_size (path, uint8 [3, S, S] or ImageError).
 
@@ -365,8 +370,7 @@ def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | Non
         except ImageError as error:
             return path, error
 
-    workers = workers or min(2 * (os.cpu_count() or 1), 16)
-    executor, paths, ahead = ThreadPoolExecutor(workers), iter(paths), collections.deque()
+    executor, paths, ahead = ThreadPoolExecutor(reader_threads(workers)), iter(paths), collections.deque()
     try:
         while True:
             ahead.extend(executor.submit(read, path) for path in islice(paths, 3 * batch_size - len(ahead)))
@@ -428,6 +432,7 @@ class FrozenModel:
         self.device, self.dtype, self.preprocessing = device, pick_precision(precision, device), preprocessing
         self.batch_size = 16 if device.type == "cpu" else 128  # 16 images keep a CPU's cores busy and its caches warm
         self.compiled = compiled
+        self.mean, self.std = (255 * torch.tensor(preprocessing[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
         self.model, name = model, find_head(model, outputs)
         parent, head = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
         siblings = dict(parent.named_children()) if isinstance(parent, torch.nn.Sequential) else {}
@@ -492,8 +497,7 @@ class FrozenModel:
         with torch.inference_mode():
             pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels  # bytes over the bus, and not waited for
             images = pixels.to(self.device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-            mean, std = (torch.tensor(self.preprocessing[key], device=self.device).view(3, 1, 1) for key in ("mean", "std"))
-            images = images.sub_(255 * mean).div_(255 * std).to(self.dtype)
+            images = images.sub_(self.mean).div_(self.std).to(self.dtype)
             if self.compiled and len(images) < self.batch_size:  # compiled for one shape: a short batch is filled up
                 images = torch.cat([images, images[:1].expand(self.batch_size - len(images), -1, -1, -1)])
             return self.backbone(images)[:len(pixels)].float()

@@ -453,8 +453,7 @@ def choose(args, out: Path, records: list[dict], bad: list[dict]) -> list[dict]:
                         + some(f"{r['path']} ({r['reason']})" for r in bad)
                         + "; repair or remove them, or leave them out with --on-bad skip")
     records = [record for record in records if "reason" not in record]
-    (contents,) = group_by_content(records).values() if records else [{}]
-    if torn := [group for group in contents.values() if len({r["class"] for r in group}) > 1]:
+    if torn := [group for group in by_content(records).values() if len({r["class"] for r in group}) > 1]:
         raise UserError(f"equal content under two classes ({len(torn)} times): "
                         + some(" and ".join(r["path"] for r in group) for group in torn) + "; remove one of them")
     if args.splits:
@@ -465,7 +464,7 @@ def choose(args, out: Path, records: list[dict], bad: list[dict]) -> list[dict]:
         records = merge(records, out)
     if any(record["split"] is None for record in records) or not args.splits:
         split(records, args.val, args.test, args.seed)
-    (contents,) = group_by_content(records).values() if records else [{}]
+    contents = by_content(records)
     if not any(record["split"] == "train" for record in records):
         raise UserError("nothing is left to train on")
     if doubled := len(records) - len(contents):
@@ -487,7 +486,7 @@ def follow_list(records: list[dict], splits: Path):
     """
     missing, doubled = [], []
     if splits.is_file():
-        (waiting,) = group_by_content(records).values()
+        waiting = by_content(records)
         for row in read_splits_csv(splits):
             group = waiting.get(row["sha256"], [])
             same_name = [record for record in group if record["name"] == PurePosixPath(row["path"]).name]
@@ -544,18 +543,24 @@ def shuffled(contents, seed: int) -> list[str]:
     return sorted(contents, key=lambda content: hashlib.sha256(f"{seed}:{content}".encode()).digest())
 
 
-def group_by_content(records: list[dict], *fields: str) -> dict:
-    """{values of the fields: {sha256: [records]}}, the outer keys sorted."""
-    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+def by_content(records: list[dict]) -> dict[str, list[dict]]:
+    """{sha256: records}."""
+    groups = collections.defaultdict(list)
     for record in records:
-        groups[tuple(str(record[field]) for field in fields)][record["sha256"]].append(record)
-    return dict(sorted(groups.items()))
+        groups[record["sha256"]].append(record)
+    return groups
 
 
 def sample(records: list[dict], count: int, seed: int) -> list[dict]:
     """`count` images of each class, or of each class and split of a split source, no two with equal content."""
-    return [contents[sha256][0] for contents in group_by_content(records, "class", "split").values()
-            for sha256 in shuffled(contents, seed)[:count]]
+    groups = collections.defaultdict(list)
+    for record in records:
+        groups[record["class"], str(record["split"])].append(record)
+    chosen = []
+    for _, members in sorted(groups.items()):
+        contents = by_content(members)
+        chosen += [contents[sha256][0] for sha256 in shuffled(contents, seed)[:count]]
+    return chosen
 
 
 def split(records: list[dict], val: float, test: float, seed: int):
@@ -583,10 +588,7 @@ def split(records: list[dict], val: float, test: float, seed: int):
         if short := [part for part, share in shares.items() if share and not wanted[part]]:
             log(f"warning: class {name} has only {len(members)} images: none for {', '.join(short)}")
         left = {part: count - sum(r["split"] == part for r in members) for part, count in wanted.items()}
-        contents = collections.defaultdict(list)
-        for record in members:
-            if record["split"] is None:
-                contents[record["sha256"]].append(record)
+        contents = by_content([record for record in members if record["split"] is None])
         for sha256 in shuffled(contents, seed):
             group = contents[sha256]
             part = next((part for part in left if left[part] >= len(group)), "train")

@@ -30,7 +30,8 @@ import PIL
 from common import (CHECKPOINT_FORMAT, FORMAT_VERSION, RUN_FORMAT, SPLITS, FrozenModel, ImageError, Progress, UserError,
                     add_hardware_options, build_model, class_folders, command, file_hash, find_head, is_checkpoint,
                     load_weights, locked, log, make_parser, one_line, pick_device, positive_float, positive_int,
-                    read_batches, read_checkpoint, read_split, read_torch_file, replacing, seed_number, torch, torchvision)
+                    read_batches, read_checkpoint, read_split, read_torch_file, reader_threads, replacing, seed_number, torch,
+                    torchvision)
 
 # Views of an image that a frozen run may train on: (quarter turns, mirrored); dihedral is all symmetries of a square.
 VIEWS = {"none": [(0, False)], "flip": [(0, False), (0, True)],
@@ -381,7 +382,7 @@ def hash_files(paths: list[str], workers: int | None) -> list[tuple[str, tuple]]
             return file_hash(path), stamp
         except OSError as error:
             raise ImageError(path, error.strerror) from None
-    with ThreadPoolExecutor(workers or min(2 * (os.cpu_count() or 1), 16)) as executor:
+    with ThreadPoolExecutor(reader_threads(workers)) as executor:
         return list(executor.map(look, paths))
 
 
