@@ -34,6 +34,10 @@ EXIT_CODES = """exit codes:
   75 another run holds the folder    130, 143 ended by SIGINT, SIGTERM"""
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder
 SPLITS = ("train", "val", "test")
+# Views of an image, (quarter turns, mirrored), the image as it is first; dihedral is all symmetries of a square.
+VIEWS = {"none": [(0, False)], "flip": [(0, False), (0, True)],
+         "dihedral": [(turns, mirrored) for mirrored in (False, True) for turns in range(4)]}
+TTA_HELP = "average the probabilities of the views that the model was trained with (test-time augmentation); a pass for each"
 CHECKPOINT_FORMAT, RUN_FORMAT, FORMAT_VERSION = "image classifier", "training run", 1
 
 
@@ -352,6 +356,11 @@ def preprocess(image: Image.Image, size: int, interpolation: str) -> torch.Tenso
     return functional.resize(pixels, [size, size], functional.InterpolationMode(interpolation), antialias=True)
 
 
+def turn(images: torch.Tensor, turns: int, mirrored: bool) -> torch.Tensor:
+    """A view of images [..., S, S]: mirrored left to right, then turned by quarter turns counterclockwise."""
+    return torch.rot90(images.flip(-1) if mirrored else images, turns, (-2, -1))
+
+
 def reader_threads(workers: int | None) -> int:
     """--workers, or its default."""
     return workers or min(2 * (os.cpu_count() or 1), 16)
@@ -507,6 +516,14 @@ class FrozenModel:
         with torch.inference_mode():
             return self.head(features)
 
+    def log_probabilities(self, pixels: torch.Tensor, temperatures, views=VIEWS["none"]) -> list[torch.Tensor]:
+        """uint8 pixels [B, 3, S, S] -> for each temperature, log-probabilities [B, classes], float64 on the CPU.
+
+        The probabilities of several views of the same image are averaged (test-time augmentation).
+        """
+        logits = torch.stack([self.logits(self.features(turn(pixels, *view))).cpu().double() for view in views])
+        return [(logits / temperature).log_softmax(2).logsumexp(0) - math.log(len(views)) for temperature in temperatures]
+
 
 def fold_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
     """A model in eval mode -> the same function with each BatchNorm multiplied into the convolution before it."""
@@ -556,13 +573,16 @@ def read_checkpoint(path) -> tuple[dict, torch.nn.Module]:
                 else "a file of another program")
         raise UserError(f"{path} is no checkpoint of train.py, but {what}")
     expected = {"version": int, "arch": str, "model_kwargs": dict, "classes": list, "preprocessing": dict,
-                "state_dict": dict, "temperature": float, "metrics": dict}
+                "state_dict": dict, "temperature": float, "metrics": dict, "views": list}
+    content.setdefault("views", VIEWS["none"])  # a checkpoint of an earlier version
     if wrong := [key for key, kind in expected.items() if not isinstance(content.get(key), kind)]:
         raise UserError(f"{path} is an incomplete checkpoint: it lacks {', '.join(wrong)}")
     if content["version"] > FORMAT_VERSION:
         raise UserError(f"{path} has format version {content['version']}; this program reads up to {FORMAT_VERSION}: update it")
     if wrong := {"size", "interpolation", "mean", "std"} - content["preprocessing"].keys():
         raise UserError(f"{path} is an incomplete checkpoint: its preprocessing lacks {', '.join(sorted(wrong))}")
+    if not content["views"] or any(view not in VIEWS["dihedral"] for view in content["views"]):
+        raise UserError(f"{path} has views that this program does not know: update it")
     if len(content["classes"]) != content["model_kwargs"].get("num_classes"):
         raise UserError(f"{path} contradicts itself: {len(content['classes'])} classes, but {content['model_kwargs']}")
     try:
@@ -571,6 +591,15 @@ def read_checkpoint(path) -> tuple[dict, torch.nn.Module]:
         raise UserError(f"{path}: this torchvision cannot build its model: {error}") from None
     load_weights(model, content["state_dict"], content["arch"], path)
     return content, model.eval()
+
+
+def checkpoint_views(checkpoint: dict, tta: bool) -> list:
+    """The views to average over: with --tta those that the model was trained with, else the image as it is."""
+    views = checkpoint["views"] if tta else VIEWS["none"]
+    if tta and len(views) == 1:
+        raise UserError("--tta averages the views that a model was trained with, and this one saw every image only as it is: "
+                        "train with --augment flip or dihedral")
+    return views
 
 
 def build_model(arch: str, model_kwargs: dict) -> torch.nn.Module:

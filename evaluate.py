@@ -11,9 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-from common import (EXIT_BELOW_BAR, SPLITS, FrozenModel, ImageError, LazyModule, Progress, UserError, add_hardware_options,
-                    command, fraction, log, make_parser, pick_device, read_batches, read_checkpoint, read_split, replacing,
-                    torch)
+from common import (EXIT_BELOW_BAR, SPLITS, TTA_HELP, FrozenModel, ImageError, LazyModule, Progress, UserError,
+                    add_hardware_options, checkpoint_views, command, fraction, log, make_parser, pick_device, read_batches,
+                    read_checkpoint, read_split, replacing, torch)
 
 matplotlib = LazyModule("matplotlib")
 COLOURS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
@@ -27,6 +27,7 @@ def parse_args(argv):
     group.add_argument("--split", default="test", help="the folder of DATA to measure")
     group.add_argument("--history", type=Path, help="the training's history (default: history.csv beside the checkpoint)")
     group.add_argument("--out", type=Path, help="folder for the results (default: report/ beside the checkpoint)")
+    group.add_argument("--tta", action="store_true", help=TTA_HELP)
     group.add_argument("--fail-under", type=fraction, metavar="ACCURACY",
                        help="end with exit code 4 if the accuracy is below this")
     add_hardware_options(parser)
@@ -43,11 +44,11 @@ def main(argv=None):
     history = read_history(args.history or args.checkpoint.with_name("history.csv"), required=args.history is not None)
     paths, targets = read_targets(args.data / args.split, checkpoint["classes"])
     args.out.mkdir(parents=True, exist_ok=True)
-    logits = classify(model, checkpoint, paths, device, args)
-    metrics, per_class, confusion = measure(logits, targets, checkpoint)
-    metrics = {"checkpoint": str(args.checkpoint), "data": str(args.data), "split": args.split, **metrics}
+    raw, calibrated = classify(model, checkpoint, paths, device, args)
+    metrics, per_class, confusion = measure(raw, targets, checkpoint)
+    metrics = {"checkpoint": str(args.checkpoint), "data": str(args.data), "split": args.split, "tta": args.tta, **metrics}
     write_csv(args.out / "per_class.csv", per_class)
-    write_csv(args.out / "predictions.csv", list_predictions(paths, logits, targets, checkpoint))
+    write_csv(args.out / "predictions.csv", list_predictions(paths, calibrated, targets, checkpoint))
     plot_confusion(args.out / "confusion_matrix.png", confusion, checkpoint["classes"],
                    f"{checkpoint['arch']} on {args.data.name}/{args.split}: {metrics['accuracy']:.2%} of {metrics['n']}")
     if history:
@@ -94,36 +95,40 @@ def read_history(path: Path, required: bool) -> list[dict] | None:
 
 # ---------------------------------------------------------------- measuring
 
-def classify(model: torch.nn.Module, checkpoint: dict, paths: list[str], device: torch.device, args) -> torch.Tensor:
-    """Logits [N, classes] of the images, float32 on the CPU. Raises ImageError at the first that cannot be read."""
+def classify(model: torch.nn.Module, checkpoint: dict, paths: list[str], device: torch.device, args) -> list[torch.Tensor]:
+    """Log-probabilities [N, C] of the images, float64: as the model gives them, and calibrated by the temperature.
+
+    Raises ImageError at the first image that cannot be read.
+    """
     frozen = FrozenModel(model, checkpoint["preprocessing"], len(checkpoint["classes"]), device, args.precision)
-    logits = []
+    views, results = checkpoint_views(checkpoint, args.tta), []
     with Progress("evaluate", len(paths)) as progress:
         for batch in read_batches(paths, checkpoint["preprocessing"], frozen.batch_size, args.workers):
             if bad := [pixels for _, pixels in batch if isinstance(pixels, ImageError)]:
                 raise bad[0]
-            logits.append(frozen.logits(frozen.features(torch.stack([pixels for _, pixels in batch]))).cpu())
+            pixels = torch.stack([pixels for _, pixels in batch])
+            results.append(frozen.log_probabilities(pixels, (1, checkpoint["temperature"]), views))
             progress.update(len(batch))
-    return torch.cat(logits)
+    return [torch.cat(parts) for parts in zip(*results)]
 
 
-def measure(logits: torch.Tensor, targets: torch.Tensor, checkpoint: dict) -> tuple[dict, list[dict], torch.Tensor]:
-    """Metrics, a row per class, and the confusion matrix [true, predicted], from logits [N, C] and targets [N].
+def measure(scores: torch.Tensor, targets: torch.Tensor, checkpoint: dict) -> tuple[dict, list[dict], torch.Tensor]:
+    """Metrics, a row per class, and the confusion matrix [true, predicted], from log-probabilities [N, C] and targets [N].
 
-    The loss is the mean cross entropy in nats of the logits as they are, as in the history. A precision, recall or F1
+    The loss is the mean cross entropy in nats, as in the history. A precision, recall or F1
     without a denominator is None; macro F1 is the mean over the classes that occur, as truth or as prediction.
     """
     classes = checkpoint["classes"]
     count = len(classes)
-    predicted = logits.argmax(1)
+    predicted = scores.argmax(1)
     confusion = torch.bincount(targets * count + predicted, minlength=count * count).view(count, count)
     hits, support, answered = confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
     per_class = [{"class": name, "precision": ratio(hit, said), "recall": ratio(hit, there), "f1": ratio(2 * hit, there + said),
                   "support": there} for name, hit, there, said in zip(classes, hits, support, answered)]
     f1s = [row["f1"] for row in per_class if row["f1"] is not None]
-    ranks = (logits > logits.gather(1, targets[:, None])).sum(1)
+    ranks = (scores > scores.gather(1, targets[:, None])).sum(1)
     metrics = {"n": len(targets), "accuracy": sum(hits) / len(targets), "macro_f1": sum(f1s) / len(f1s),
-               "loss": torch.nn.functional.cross_entropy(logits.double(), targets).item(),
+               "loss": torch.nn.functional.nll_loss(scores, targets).item(),
                **{f"top{k}_accuracy": (ranks < k).double().mean().item() for k in (3, 5) if k < count},
                "temperature": checkpoint["temperature"]}
     return metrics, per_class, confusion
@@ -133,9 +138,9 @@ def ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def list_predictions(paths: list[str], logits: torch.Tensor, targets: torch.Tensor, checkpoint: dict) -> list[dict]:
-    """A row per image: its path, true and predicted class, and the calibrated probability of the predicted one."""
-    probability, predicted = (logits.double() / checkpoint["temperature"]).softmax(1).max(1)
+def list_predictions(paths: list[str], scores: torch.Tensor, targets: torch.Tensor, checkpoint: dict) -> list[dict]:
+    """A row per image: its path, true and predicted class, and the probability of the predicted one, from log-probabilities."""
+    probability, predicted = scores.exp().max(1)
     names = checkpoint["classes"]
     return [{"path": path, "true": names[t], "predicted": names[p], "probability": round(q, 6)}
             for path, t, p, q in zip(paths, targets.tolist(), predicted.tolist(), probability.tolist())]

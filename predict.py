@@ -14,9 +14,9 @@ import os
 import sys
 from pathlib import Path
 
-from common import (EXIT_SOME_UNREADABLE, FrozenModel, ImageError, LazyModule, UserError, add_hardware_options, command,
-                    find_images, log, make_parser, pick_device, positive_int, read_batches, read_checkpoint, read_image,
-                    replacing, torch)
+from common import (EXIT_SOME_UNREADABLE, TTA_HELP, FrozenModel, ImageError, LazyModule, UserError, add_hardware_options,
+                    checkpoint_views, command, find_images, log, make_parser, pick_device, positive_int, read_batches,
+                    read_checkpoint, read_image, replacing, torch)
 
 matplotlib = LazyModule("matplotlib")
 PLOT_COLUMNS, PLOT_ROWS, PLOT_BARS = 3, 6, 5
@@ -28,6 +28,7 @@ def parse_args(argv):
     group = parser.add_argument_group("input")
     group.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, a folder of images, or - for paths on stdin")
     group.add_argument("--checkpoint", type=Path, required=True, help="the model.pt that train.py wrote")
+    group.add_argument("--tta", action="store_true", help=TTA_HELP)
     group = parser.add_argument_group("output")
     group.add_argument("--top-k", type=positive_int, default=1, help="report this many classes, the most probable first")
     group.add_argument("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
@@ -53,12 +54,13 @@ def main(argv=None):
     checkpoint, model = read_checkpoint(args.checkpoint)
     classes, preprocessing = checkpoint["classes"], checkpoint["preprocessing"]
     frozen = FrozenModel(model, preprocessing, len(classes), device, args.precision)
+    views = checkpoint_views(checkpoint, args.tta)
     write = record_writer(args.format, classes, min(args.top_k, len(classes)))
     album = Album(args.plot, classes) if args.plot else None
     images = failures = 0
     for batch in read_batches(list_paths(args.images), preprocessing, frozen.batch_size, args.workers):
         readable = [pixels for _, pixels in batch if not isinstance(pixels, ImageError)]
-        rows = iter(probabilities(frozen, readable, checkpoint["temperature"]))
+        rows = iter(probabilities(frozen, readable, checkpoint["temperature"], views))
         for path, pixels in batch:
             images += 1
             if isinstance(pixels, ImageError):
@@ -88,11 +90,11 @@ def list_paths(arguments: list[str]):
             yield argument
 
 
-def probabilities(frozen: FrozenModel, pixels: list[torch.Tensor], temperature: float) -> list[list[float]]:
+def probabilities(frozen: FrozenModel, pixels: list[torch.Tensor], temperature: float, views: list) -> list[list[float]]:
     """Calibrated probabilities, a row of one number per class for each uint8 image [3, S, S]."""
     if not pixels:
         return []
-    return (frozen.logits(frozen.features(torch.stack(pixels))).cpu().double() / temperature).softmax(1).tolist()
+    return frozen.log_probabilities(torch.stack(pixels), [temperature], views)[0].exp().tolist()
 
 
 def top(row: list[float], classes: list[str], count: int) -> list[tuple[str, float]]:

@@ -27,15 +27,12 @@ from pathlib import Path
 
 import PIL
 
-from common import (CHECKPOINT_FORMAT, FORMAT_VERSION, RUN_FORMAT, SPLITS, FrozenModel, ImageError, Progress, UserError,
+from common import (CHECKPOINT_FORMAT, FORMAT_VERSION, RUN_FORMAT, SPLITS, VIEWS, FrozenModel, ImageError, Progress, UserError,
                     add_hardware_options, build_model, class_folders, command, file_hash, find_head, is_checkpoint,
                     load_weights, locked, log, make_parser, one_line, pick_device, positive_float, positive_int,
                     read_batches, read_checkpoint, read_split, read_torch_file, reader_threads, replacing, seed_number, torch,
-                    torchvision)
+                    torchvision, turn)
 
-# Views of an image that a frozen run may train on: (quarter turns, mirrored); dihedral is all symmetries of a square.
-VIEWS = {"none": [(0, False)], "flip": [(0, False), (0, True)],
-         "dihedral": [(turns, mirrored) for mirrored in (False, True) for turns in range(4)]}
 MEMORY_SHARE = 1 / 3  # of the machine's memory that features may take before they are mapped from disk
 HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")), "seconds"]
 
@@ -362,12 +359,11 @@ def compute_batch(frozen: FrozenModel, batch: list, data: dict, stores: dict, pr
             raise pixels
         if file_stamp(path) != stamp:
             raise ImageError(path, "it has changed since the run began; start again")
-    for (turns, mirrored), store in stores.items():
-        chosen = [(*item, number) for *item, numbered in batch for number, view in numbered if view == (turns, mirrored)]
+    for view, store in stores.items():
+        chosen = [(*item, number) for *item, numbered in batch for number, wanted in numbered if wanted == view]
         if chosen:
             pixels = torch.stack([pixels for _, pixels, *_ in chosen])
-            seen = torch.rot90(pixels.flip(-1) if mirrored else pixels, turns, (-2, -1))
-            features = frozen.features(seen).to("cpu", frozen.dtype)
+            features = frozen.features(turn(pixels, *view)).to("cpu", frozen.dtype)
             for feature, (_, _, split, row, _, number) in zip(features, chosen):
                 data[split][0][number, row] = feature
             store.add([sha256 for *_, (sha256, _), _ in chosen], features)
@@ -681,7 +677,7 @@ def save_model(args, model, model_kwargs: dict, classes: list[str], preprocessin
     """Write OUT/model.pt, the finished model, with everything that evaluate.py and predict.py need."""
     write_torch(args.out / "model.pt", {
         "format": CHECKPOINT_FORMAT, "version": FORMAT_VERSION, "arch": args.arch, "model_kwargs": model_kwargs,
-        "classes": classes, "preprocessing": preprocessing, "temperature": temperature,
+        "classes": classes, "preprocessing": preprocessing, "temperature": temperature, "views": VIEWS[args.augment],
         "state_dict": {key: value.cpu() for key, value in model.state_dict().items()},
         "metrics": row, "args": plain_arguments(args), "versions": {"python": platform.python_version(), **library_versions()}})
 
