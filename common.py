@@ -137,6 +137,13 @@ def positive_float(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not zero or a positive number")
+    return value
+
+
 def fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -151,8 +158,8 @@ def seed_number(text: str) -> int:
     return value
 
 
-for _type, _name in ((positive_int, "whole number"), (positive_float, "number"), (fraction, "fraction"),
-                     (seed_number, "whole number")):
+for _type, _name in ((positive_int, "whole number"), (positive_float, "number"), (not_negative, "number"),
+                     (fraction, "fraction"), (seed_number, "whole number")):
     _type.__name__ = _name  # argparse says "invalid whole number value: 'x'"
 
 

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -28,11 +29,12 @@ from pathlib import Path
 import PIL
 
 from common import (CHECKPOINT_FORMAT, FORMAT_VERSION, RUN_FORMAT, SPLITS, VIEWS, FrozenModel, ImageError, Progress, UserError,
-                    add_hardware_options, build_model, class_folders, command, file_hash, find_head, is_checkpoint,
-                    load_weights, locked, log, make_parser, one_line, pick_device, positive_float, positive_int,
+                    add_hardware_options, build_model, class_folders, command, file_hash, find_head, fraction, is_checkpoint,
+                    load_weights, locked, log, make_parser, not_negative, one_line, pick_device, positive_float, positive_int,
                     read_batches, read_checkpoint, read_split, read_torch_file, reader_threads, replacing, seed_number, torch,
                     torchvision, turn)
 
+IMBALANCED = 5  # the largest class has so many times the images of the smallest: worth a warning
 MEMORY_SHARE = 1 / 3  # of the machine's memory that features may take before they are mapped from disk
 HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")), "seconds"]
 
@@ -59,13 +61,33 @@ def parse_args(argv):
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive_int, default=5, metavar="N", help="passes over the training features")
     group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images per step of the optimizer")
+    group.add_argument("--optimizer", choices=("adam", "adamw"), default="adam",
+                       help="adamw takes the weight decay out of the gradient")
     group.add_argument("--lr", type=positive_float, default=1e-3, metavar="RATE",
-                       help="Adam's learning rate at the start; it falls to 0 along a cosine")
+                       help="learning rate at its highest; it falls to 0 along a cosine")
+    group.add_argument("--warmup", type=not_negative, default=0, metavar="EPOCHS",
+                       help="epochs over which the learning rate rises first")
+    group.add_argument("--weight-decay", type=not_negative, default=0, metavar="X", help="of weights; biases are spared")
+    group.add_argument("--label-smoothing", type=fraction, default=0, metavar="X",
+                       help="share of each label that is spread over all classes")
+    group.add_argument("--class-weights", choices=("balanced",),
+                       help="balanced: in the loss every class counts the same, however many images it has")
     group.add_argument("--augment", choices=VIEWS, default="none",
                        help="views of each training image, one drawn at random per epoch: flip adds the mirror image (for "
                             "photographs), dihedral all eight flips and quarter turns (for images from above)")
+    group.add_argument("--patience", type=positive_int, metavar="N",
+                       help="stop after N epochs without a better one on val")
+    group.add_argument("--max-minutes", type=positive_float, default=math.inf, metavar="M",
+                       help="shorten the training to end within M minutes of the start, with a finished model; the pass over "
+                            "the images and one epoch are always done")
     group.add_argument("--seed", type=seed_number, default=0, metavar="N",
                        help="of the new classifier, the order of images and the views drawn")
+    group = parser.add_argument_group("search and spread, at the cost of seconds, since the features are there")
+    group.add_argument("--tune", type=positive_int, metavar="N",
+                       help="try N settings of learning rate, weight decay, label smoothing and epochs (up to --epochs) side "
+                            "by side, and train with the best on val; the table is OUT/tune.csv, the picture OUT/tune.png")
+    group.add_argument("--seeds", type=positive_int, default=1, metavar="K",
+                       help="train with K seeds from --seed on, and tell mean and standard deviation; the best on val is saved")
     group = parser.add_argument_group("features remembered across runs")
     group.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR",
                        help="features are kept here by the content of image and network; a further run computes what is new")
@@ -97,7 +119,7 @@ def main(argv=None):
         print("\n".join(architectures()))
         return
     device = pick_device(args.device)
-    classes, splits = read_tree(args.data)
+    classes, splits = read_tree(args)
     args.out.mkdir(parents=True, exist_ok=True)
     with locked(args.out / ".lock"):
         unfinished = read_unfinished(args)
@@ -110,22 +132,27 @@ def main(argv=None):
             check_resumable(args, unfinished, settings)
         data = extract_features(frozen, splits, files, key, args)
         head = standardised_head(frozen, data["train"][0])
-        history, best = train_head(head, data, args, settings, unfinished)
-        fold_standardisation(head, best["head"], model.get_submodule(find_head(model, len(classes))))
-        temperature = fit_temperature(head, *data["val"]) if "val" in data else 1.0
-        row = history[best["epoch"] - 1]
-        save_model(args, model, model_kwargs, classes, preprocessing, temperature, row)
+        deadline = start + 60 * args.max_minutes
+        config = unfinished["config"] if unfinished else tune(head, data, args, deadline) if args.tune else plain_config(args)
+        runs = train_heads(head, data, config, args, settings, deadline, unfinished)
+        run = max(runs, key=lambda run: score(run["best"]))
+        history, best = run["history"], run["best"]
+        fold_standardisation(head, best["weights"], model.get_submodule(find_head(model, len(classes))))
+        write_history(args.out / "history.csv", history)
+        save_model(args, model, model_kwargs, classes, preprocessing, best, config)
         save_last(args, settings, finished=True)
     print(json.dumps({"model": str(args.out / "model.pt"), "history": str(args.out / "history.csv"), "arch": args.arch,
-                      "epochs": len(history), "best_epoch": best["epoch"],
-                      **{f"{split}_acc": row[f"{split}_acc"] for split in SPLITS},
+                      "epochs": len(history), "best_epoch": best["row"]["epoch"],
+                      **{f"{split}_acc": best["row"][f"{split}_acc"] for split in SPLITS}, **spread(runs),
+                      **({"tuned": config} if args.tune else {}),
                       "seconds": round(time.monotonic() - start, 1)}))
 
 
 # ---------------------------------------------------------------- what to train on, where to write
 
-def read_tree(data: Path):
+def read_tree(args):
     """(classes, {split: (paths, targets)}) of an ImageFolder tree; the classes are those of train/."""
+    data = args.data
     if not data.is_dir():
         raise UserError(f"no such folder: {data}; make one with prepare_data.py")
     if not (data / "train").is_dir():
@@ -139,7 +166,14 @@ def read_tree(data: Path):
         if absent := [name for index, name in enumerate(classes) if index not in set(targets)]:
             log(f"warning: {data / split} has no images of {', '.join(absent)}")
     if "val" not in splits:
+        if wanted := [f"--{name}" for name in ("tune", "patience") if getattr(args, name)]:
+            raise UserError(f"{' and '.join(wanted)} choose on val, and {data} has no val/; prepare_data.py makes one")
         log(f"{data} has no val/: nothing is selected; the last epoch is the model, the temperature is 1")
+    counts = {name: int(count) for name, count in zip(classes, splits["train"][1].bincount(minlength=len(classes)))}
+    if args.class_weights is None and max(counts.values()) >= IMBALANCED * min(counts.values()):
+        log(f"warning: {data / 'train'} is imbalanced, and rare classes will be found less often: "
+            f"{', '.join(f'{count} {name}' for name, count in sorted(counts.items(), key=lambda item: -item[1]))}; "
+            "--class-weights balanced lets all classes count the same")
     if ignored := [name for name in class_folders(data) if name not in SPLITS]:
         log(f"warning: ignored in {data}: {', '.join(ignored)}")
     log(f"{data}: {len(classes)} classes, " + ", ".join(f"{len(targets)} {split}" for split, (_, targets) in splits.items()))
@@ -174,7 +208,8 @@ def check_resumable(args, state: dict, settings: dict):
 
 def run_settings(args, classes: list[str], splits: dict, files: dict, key: dict) -> dict:
     """All that shapes the result, as plain values: arguments, classes, digests of the images and of what features depend on."""
-    without = ("resume", "restart", "list_archs", "out", "workers", "cache", "no_cache", "cache_limit", "compile")
+    without = ("resume", "restart", "list_archs", "out", "workers", "cache", "no_cache", "cache_limit", "compile",
+               "max_minutes")
     values = {name: value for name, value in plain_arguments(args).items() if name not in without}
     images = [(split, target, sha256) for split, (_, targets) in splits.items()
               for target, (sha256, _) in zip(targets.tolist(), files[split])]
@@ -290,20 +325,23 @@ def remove_auxiliary(model: torch.nn.Module):
 
 
 def replace_head(model: torch.nn.Module, outputs: int, classes: int, seed: int = 0):
-    """Replace the classifier, which has `outputs` outputs, by a new one of the same kind for `classes` classes.
-
-    Its weights depend on its shape and the seed alone, not on what was drawn before.
-    """
+    """Replace the classifier, which has `outputs` outputs, by a new one of the same kind for `classes` classes."""
     name = find_head(model, outputs)
     old = model.get_submodule(name)
     if isinstance(old, torch.nn.Linear):
         new = torch.nn.Linear(old.in_features, classes, bias=old.bias is not None)
     else:
         new = torch.nn.Conv2d(old.in_channels, classes, kernel_size=1, bias=old.bias is not None)
-    torch.nn.init.normal_(new.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
-    if new.bias is not None:
-        torch.nn.init.zeros_(new.bias)
+    initialise(new, seed)
     model.set_submodule(name, new)
+
+
+def initialise(layer: torch.nn.Module, seed: int):
+    """Small random weights that depend on their shape and the seed alone, on any device."""
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(seed)) * 0.01)
+        if layer.bias is not None:
+            layer.bias.zero_()
 
 
 # ---------------------------------------------------------------- features, once per image and view
@@ -572,84 +610,310 @@ def fold_standardisation(head: torch.nn.Sequential, trained: dict, target: torch
             target.bias.copy_((bias - weight.flatten(1) @ mean).float())
 
 
-def train_head(head: torch.nn.Module, data: dict, args, settings: dict, state: dict | None) -> tuple[list[dict], dict]:
-    """Train with cross entropy and Adam; returns the history and the best epoch: highest val accuracy, then lowest val loss.
+class Heads:
+    """Heads that learn side by side from the same batches of features, as one wide layer: 64 cost little more than one."""
 
-    After each epoch every split is measured, OUT/history.csv and OUT/last.pt are rewritten. `state` is an earlier last.pt.
-    """
-    (features, targets), device = data["train"], next(head.parameters()).device
-    steps = math.ceil(len(targets) / args.batch_size)
-    optimizer = torch.optim.Adam(head.parameters(), lr=args.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs * steps)
-    history, best = [], None
-    if state:
-        head.load_state_dict(state["head"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        history, best = state["history"], state["best"]
-        log(f"resumed after epoch {len(history)}")
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        start = time.monotonic()
-        row = {"epoch": epoch, "lr": schedule.get_last_lr()[0]}
-        generator = torch.Generator().manual_seed(hash((args.seed, epoch)))  # an epoch does not depend on those before
+    def __init__(self, head: torch.nn.Sequential, data: dict, args, seed: int, count: int = 1):
+        self.heads = [copy.deepcopy(head) for _ in range(count)]
+        self.data, self.batch_size, self.seed = data, args.batch_size, seed
+        self.device = next(head.parameters()).device
+        self.steps = math.ceil(len(data["train"][1]) / args.batch_size)
+
+    def groups(self, configs: list[dict]) -> list[dict]:
+        return [group for head, config in zip(self.heads, configs)
+                for group in parameter_groups(head.parameters(), config["lr"], config)]
+
+    def batches(self, epoch: int):
+        """Yield (features [B, D], class indices [B]) in an order, and of views, that depend on the seed and the epoch alone."""
+        features, targets = self.data["train"]
+        generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
         order = torch.randperm(len(targets), generator=generator).to(targets.device)
         views = torch.randint(len(features), targets.shape, generator=generator).to(targets.device)
-        for rows in order.split(args.batch_size):
-            logits = head(features[views[rows], rows].to(device, torch.float32))
-            loss = torch.nn.functional.cross_entropy(logits, targets[rows].to(device))
+        for rows in order.split(self.batch_size):
+            yield features[views[rows], rows].to(self.device, torch.float32), targets[rows].to(self.device)
+
+    def logits(self, features: torch.Tensor, active: list[int]) -> torch.Tensor:
+        """Features [B, D] -> logits [B, A, classes] of the active heads."""
+        unflatten, standardise, linear, *behind = self.heads[active[0]]
+        layers, outputs = [self.heads[index][2] for index in active], linear.weight.shape[0]
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = None if linear.bias is None else torch.cat([layer.bias for layer in layers])
+        apply = torch.nn.functional.linear if isinstance(linear, torch.nn.Linear) else torch.nn.functional.conv2d
+        wide = apply(standardise(unflatten(features)), weight, bias).unflatten(1, (len(active), outputs))
+        return torch.nn.Sequential(*behind)(wide.flatten(0, 1)).view(len(features), len(active), outputs)
+
+    def split_logits(self, split: str, active: list[int]):
+        """Yield (logits [B, A, classes], class indices [B]) for the images of a split as they are, without gradients."""
+        features, targets = self.data[split]
+        with torch.no_grad():
+            for rows, wanted in zip(features[0].split(chunk_rows(features)), targets.split(chunk_rows(features))):
+                yield self.logits(rows.to(self.device, torch.float32), active), wanted.to(self.device)
+
+    def weights(self, index: int) -> dict:
+        return {key: value.clone() for key, value in self.heads[index].state_dict().items()}
+
+    def load(self, weights: dict, index: int = 0):
+        self.heads[index].load_state_dict(weights)
+
+
+def parameter_groups(parameters, lr: float, config: dict) -> list[dict]:
+    """Groups for the optimizer; weight decay spares vectors, which are biases and the scales of norms."""
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [([p for p in parameters if p.dim() > 1], config["weight_decay"]), ([p for p in parameters if p.dim() <= 1], 0.0)]
+    return [{"params": members, "lr": lr, "peak": lr, "epochs": config["epochs"], "weight_decay": decay}
+            for members, decay in groups if members]
+
+
+def fit(learner, configs: list[dict], splits, args, deadline: float = math.inf, state: dict | None = None,
+        after_epoch=lambda run, state: None) -> list[dict]:
+    """Train the learner's models, one per configuration, with cross entropy: {"history": [...], "best": {...}} of each.
+
+    The learning rate rises over --warmup epochs and falls to 0 along a cosine. Where `deadline` (of time.monotonic) leaves
+    no time for all epochs, the cosine is shortened to those that fit; the first is always finished. After each epoch
+    `splits` are measured and `after_epoch(run, state)` is called for the first model; its state, given to a later call,
+    continues. Raises UserError when the loss of a single model is not finite; one of several is then just the worst.
+    """
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    optimizer = kind(learner.groups(configs), fused=learner.device.type != "mps")
+    runs = [{"history": [], "best": None} for _ in configs]
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        learner.load(state["weights"])
+        runs = [{"history": state["history"], "best": state["best"]}]
+        log(f"resumed after epoch {len(state['history'])}")
+    weights = class_weights(learner, args)
+    smoothing = torch.tensor([config["label_smoothing"] for config in configs], device=learner.device)
+    for done in range(len(runs[0]["history"]), max(config["epochs"] for config in configs)):
+        start, epoch = time.monotonic(), done + 1
+        longest = max((row["seconds"] for run in runs for row in run["history"]), default=0)
+        fitting = done + int(max(0, deadline - start) / longest) if longest and deadline < math.inf else math.inf
+        plans = [min(config["epochs"], fitting) for config in configs]
+        active = [index for index, run in enumerate(runs) if done < plans[index] and not out_of_patience(run, args)]
+        if not active:
+            break
+        losses, rates = [], []
+        for step, (inputs, targets) in enumerate(learner.batches(epoch)):
+            for group in optimizer.param_groups:
+                planned = min(group["epochs"], fitting)
+                group["lr"] = group["peak"] * schedule(done + step / learner.steps, planned, args.warmup)
+            logits = learner.logits(inputs, active)
+            loss = cross_entropies(logits, targets, smoothing[active], weights)
             optimizer.zero_grad()
-            loss.backward()
+            loss.sum().backward()
             optimizer.step()
-            schedule.step()
-        for split in SPLITS:
-            row[f"{split}_loss"], row[f"{split}_acc"] = measure(head, *data[split]) if split in data else (None, None)
-        row["seconds"] = round(time.monotonic() - start, 3)
-        if not math.isfinite(row["train_loss"]):
-            raise UserError(f"the loss became {row['train_loss']} in epoch {epoch} at learning rate {row['lr']:g}; lower --lr")
-        history.append(row)
-        score = (row["val_acc"], -row["val_loss"]) if "val" in data else (epoch, 0)
-        if best is None or score > tuple(best["score"]):
-            best = {"epoch": epoch, "score": score, "head": {key: value.clone() for key, value in head.state_dict().items()}}
-        log(f"epoch {epoch}/{args.epochs}  " + "  ".join(
+            losses.append(loss.detach())
+            rates.append(optimizer.param_groups[-1]["lr"])
+            if len(configs) == 1 and (learner.device.type == "cpu" or step % 50 == 49 or step + 1 == learner.steps):
+                check_finite(losses, rates, epoch, learner.steps)  # a GPU is not made to wait at every step
+        measured = {split: measure(learner, split, active) for split in splits}
+        seconds = round(time.monotonic() - start, 3)
+        for number, index in enumerate(active):
+            results = {split: measured[split][number] for split in splits}
+            row = {"epoch": epoch, "lr": configs[index]["lr"] * schedule(done, plans[index], args.warmup)}
+            row |= {f"{split}_{what}": results.get(split, {}).get(what) for split in SPLITS for what in ("loss", "acc")}
+            row["seconds"] = seconds
+            runs[index]["history"].append(row)
+            candidate = {"row": row, **{key: results.get("val", {}).get(key, 1.0) for key in ("temperature", "calibrated")}}
+            if runs[index]["best"] is None or score(candidate) > score(runs[index]["best"]):
+                runs[index]["best"] = candidate | {"weights": learner.weights(index)}
+        after_epoch(runs[0], {"optimizer": optimizer.state_dict(), "weights": learner.weights(0), **runs[0]})
+    return runs
+
+
+def schedule(epochs: float, planned: int, warmup: float) -> float:
+    """The factor of the learning rate after so many epochs: a linear rise over the warm-up, then half a cosine to 0."""
+    warmup = min(warmup, planned / 2)
+    if epochs < warmup:
+        return max(epochs / warmup, 0.01)
+    return 0.5 * (1 + math.cos(math.pi * min(1, (epochs - warmup) / (planned - warmup))))
+
+
+def score(candidate: dict) -> tuple:
+    """What orders epochs, configurations and seeds: the lowest val loss that a temperature can reach, then the plain one.
+
+    Accuracy on a few thousand images is a coarse and noisy guide, and the plain loss punishes what the temperature mends
+    (Berta et al., Rethinking early stopping: refine, then calibrate, 2025). Without val, the last epoch is the best.
+    """
+    row = candidate["row"]
+    return (row["epoch"],) if row["val_loss"] is None else (-candidate["calibrated"], -row["val_loss"])
+
+
+def out_of_patience(run: dict, args) -> bool:
+    return bool(args.patience and run["history"] and len(run["history"]) - run["best"]["row"]["epoch"] >= args.patience)
+
+
+def class_weights(learner, args) -> torch.Tensor | None:
+    """Weights [classes], 1 in the mean over the images, with which all classes count the same; None if each image shall."""
+    if args.class_weights is None:
+        return None
+    counts = learner.data["train"][1].bincount().to(learner.device)
+    return (counts.sum() / (counts.count_nonzero() * counts.clamp(min=1))).float()
+
+
+def cross_entropies(logits: torch.Tensor, targets: torch.Tensor, smoothing: torch.Tensor, weights: torch.Tensor | None):
+    """Cross entropy [A] in nats of logits [B, A, C] and class indices [B], or shares [B, C], with label smoothing [A]."""
+    count = logits.shape[2]
+    if targets.dim() == 1:
+        targets = torch.nn.functional.one_hot(targets, count)
+    wanted = targets[:, None] * (1 - smoothing[:, None]) + smoothing[:, None] / count
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1), weights, reduction="none")
+    return loss.view(logits.shape[:2]).mean(0)
+
+
+def check_finite(losses: list, rates: list, epoch: int, steps: int):
+    """Raise UserError naming the first step of the epoch whose loss is not finite; else forget the losses."""
+    wrong = (~torch.cat(losses).isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        step = len(rates) - len(losses) + wrong[0]
+        raise UserError(f"the loss became {losses[wrong[0]].item()} in epoch {epoch} at step {step + 1} of {steps}, with "
+                        f"learning rate {rates[step]:g}: lower --lr (an unfinished run is discarded with --restart)")
+    losses.clear()
+
+
+def measure(learner, split: str, active: list[int]) -> list[dict]:
+    """loss (mean cross entropy in nats) and acc (0..1) of each active model on a split, and what `calibrate` says of val."""
+    losses = correct = count = 0
+    kept = []
+    for logits, targets in learner.split_logits(split, active):
+        wanted = targets[:, None].expand(logits.shape[:2])
+        losses += torch.nn.functional.cross_entropy(logits.permute(0, 2, 1), wanted, reduction="none").sum(0).cpu().double()
+        correct += (logits.argmax(2) == wanted).sum(0).cpu().double()
+        count += len(targets)
+        if split == "val":
+            kept.append((logits.cpu(), targets.cpu()))
+    results = [{"loss": loss, "acc": acc} for loss, acc in zip((losses / count).tolist(), (correct / count).tolist())]
+    if kept:
+        logits, targets = (torch.cat(parts) for parts in zip(*kept))
+        for result, own in zip(results, logits.unbind(1)):
+            result |= calibrate(own, targets)
+    return results
+
+
+def calibrate(logits: torch.Tensor, targets: torch.Tensor) -> dict:
+    """The temperature that minimises the cross entropy of logits [N, C] / temperature, and that `calibrated` loss, in nats.
+
+    (Guo et al., ICML 2017.) Without a mistake nothing tells how sure is too sure: the temperature is 1, and the loss that
+    some temperature could reach is 0. The loss is convex in 1 / temperature, which Newton's method finds.
+    """
+    logits, right = logits.double(), logits.gather(1, targets[:, None]).double()
+    if not logits.isfinite().all() or (logits.argmax(1) == targets).all():
+        return {"temperature": 1.0, "calibrated": 0.0 if logits.isfinite().all() else math.inf}
+    sharpness = 1.0
+    for _ in range(50):
+        shares = (logits * sharpness).softmax(1)
+        mean = (shares * logits).sum(1, keepdim=True)
+        slope, curvature = (mean - right).mean().item(), (shares * (logits - mean).square()).sum(1).mean().item()
+        before = sharpness
+        sharpness = min(max(before - slope / max(curvature, 1e-12), before / 2, 0.05), before * 2, 20)
+        if abs(sharpness - before) < 1e-7 * before:
+            break
+    loss = torch.nn.functional.cross_entropy(logits * sharpness, targets).item()
+    return {"temperature": 1 / sharpness, "calibrated": loss}
+
+
+def plain_config(args) -> dict:
+    return {name: getattr(args, name) for name in ("lr", "weight_decay", "label_smoothing", "epochs")}
+
+
+def tune(head: torch.nn.Sequential, data: dict, args, deadline: float) -> dict:
+    """Train --tune configurations side by side and return the best on val; writes OUT/tune.csv and OUT/tune.png.
+
+    The first is that of the arguments, the others are spread evenly (a scrambled Sobol sequence) over learning rates of
+    1/10 to 10 times --lr and weight decays of 1e-6 to 1e-2, both logarithmic, label smoothing of 0, 0.05 and 0.1, and
+    epochs of a quarter, a half and all of --epochs. All see the same batches.
+    """
+    configs = [plain_config(args)]
+    points = torch.quasirandom.SobolEngine(4, scramble=True, seed=args.seed).draw(args.tune - 1) if args.tune > 1 else []
+    for rate, decay, smoothing, epochs in (point.tolist() for point in points):
+        configs.append({"lr": args.lr * 10 ** (2 * rate - 1), "weight_decay": 10 ** (4 * decay - 6),
+                        "label_smoothing": 0.05 * int(3 * smoothing), "epochs": math.ceil(args.epochs / 2 ** int(3 * epochs))})
+    start = time.monotonic()
+    deadline = start + (deadline - start) * 2 / 3  # the rest is for the training with the winner
+    runs = fit(Heads(head, data, args, args.seed, len(configs)), configs, ["val"], args, deadline)
+    rows = []
+    for config, best in zip(configs, (run["best"] for run in runs)):
+        rows.append(config | {"best_epoch": best["row"]["epoch"], "val_loss": best["row"]["val_loss"],
+                              "val_loss_calibrated": best["calibrated"], "val_acc": best["row"]["val_acc"]})
+    winner = max(range(len(rows)), key=lambda index: score(runs[index]["best"]))
+    with replacing(args.out / "tune.csv") as file:
+        writer = csv.DictWriter(file, [*rows[0], "winner"])
+        writer.writeheader()
+        writer.writerows(row | {"winner": int(index == winner)} for index, row in enumerate(rows))
+    plot_tuning(args.out / "tune.png", rows, winner)
+    log(f"tuned: {len(rows)} configurations in {time.monotonic() - start:.1f} s; best on val: " + describe(rows[winner]))
+    log(f"       the one of the arguments: {describe(rows[0])}")
+    return configs[winner]
+
+
+def describe(row: dict) -> str:
+    return (f"lr {row['lr']:.3g}, weight decay {row['weight_decay']:.2g}, label smoothing {row['label_smoothing']:g}, "
+            f"{row['epochs']} epochs: val loss {row['val_loss_calibrated']:.4f} (calibrated) acc {row['val_acc']:.4f}")
+
+
+def plot_tuning(path: Path, rows: list[dict], winner: int):
+    """Calibrated val loss, by which is chosen, and val accuracy over each of the four settings; a point a configuration."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 5.6), layout="constrained")
+    settings = {"lr": "learning rate", "weight_decay": "weight decay", "label_smoothing": "label smoothing", "epochs": "epochs"}
+    measures = {"val_loss_calibrated": "val loss (nats, calibrated)", "val_acc": "val accuracy"}
+    rows, chosen = [row for row in rows if math.isfinite(row["val_loss_calibrated"])], rows[winner]
+    for line, (measure, y) in zip(figure.subplots(2, 4, sharex="col", sharey="row"), measures.items()):
+        for axes, (setting, x) in zip(line, settings.items()):
+            axes.scatter([row[setting] for row in rows], [row[measure] for row in rows], s=18, alpha=0.7, color="tab:blue")
+            axes.scatter(chosen[setting], chosen[measure], s=120, facecolors="none", edgecolors="tab:red", linewidths=1.8,
+                         label="winner")
+            if setting == "lr":
+                axes.set(xscale="log", ylabel=y)
+            elif setting == "weight_decay":
+                axes.set_xscale("symlog", linthresh=1e-6)
+            if measure == "val_acc":
+                axes.set_xlabel(x)
+            axes.grid(alpha=0.25)
+    axes.legend()
+    with replacing(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def train_heads(head, data: dict, config: dict, args, settings: dict, deadline: float, state: dict | None):
+    """Train a head with each of --seeds seeds, from last.pt's state if there is one; the run of each, as `fit` returns it.
+
+    After each epoch OUT/history.csv and OUT/last.pt are rewritten.
+    """
+    runs = state["runs"] if state else []
+
+    def save(run, state):
+        row = run["history"][-1]
+        log(f"epoch {row['epoch']}/{config['epochs']}  " + "  ".join(
             f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in data))
-        write_history(args.out / "history.csv", history)
-        save_last(args, settings, finished=False, head=head.state_dict(), optimizer=optimizer.state_dict(),
-                  schedule=schedule.state_dict(), history=history, best=best)
-    return history, best
+        write_history(args.out / "history.csv", run["history"])
+        save_last(args, settings, finished=False, config=config, runs=runs, **state)
+
+    for seed in range(args.seed + len(runs), args.seed + args.seeds):
+        if runs and time.monotonic() > deadline:
+            log(f"no time is left for seed {seed} and those after it")
+            break
+        if args.seeds > 1:
+            log(f"seed {seed}")
+        learner = Heads(head, data, args, seed)
+        if seed != args.seed:
+            initialise(learner.heads[0][2], seed)
+        run, = fit(learner, [config], list(data), args, deadline, state, save)
+        runs, state = [*runs, run], None
+    return runs
 
 
-def measure(head: torch.nn.Module, features: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
-    """Mean cross entropy in nats and accuracy in 0..1 of the head on the first view of features [views, N, D]."""
-    loss = correct = 0.0
-    targets = targets.to(next(head.parameters()).device)
-    for logits, wanted in zip(head_logits(head, features), targets.split(chunk_rows(features))):
-        loss += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
-        correct += (logits.argmax(1) == wanted).sum().item()
-    return loss / len(targets), correct / len(targets)
-
-
-def head_logits(head: torch.nn.Module, features: torch.Tensor):
-    """Yield the head's logits [chunk_rows, classes] for the first view of features [views, N, D], without gradients."""
-    with torch.no_grad():
-        for rows in features[0].split(chunk_rows(features)):
-            yield head(rows.to(next(head.parameters()).device, torch.float32))
-
-
-def fit_temperature(head: torch.nn.Module, features: torch.Tensor, targets: torch.Tensor) -> float:
-    """The temperature that minimises the cross entropy of logits / temperature on val (Guo et al., ICML 2017)."""
-    logits, targets = torch.cat(list(head_logits(head, features))).cpu().double(), targets.cpu()
-    if (logits.argmax(1) == targets).all():
-        return 1.0  # without a mistake on val, nothing tells how sure is too sure
-    log_temperature = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(logits / log_temperature.exp(), targets)
-        loss.backward()
-        return loss
-    optimizer.step(closure)
-    return log_temperature.detach().exp().clamp(0.05, 20).item()
+def spread(runs: list[dict]) -> dict:
+    """Mean and standard deviation over the seeds of val and test accuracy, for the result line; told on stderr too."""
+    if len(runs) < 2:
+        return {}
+    result = {"seeds": len(runs)}
+    for split in ("val", "test"):
+        values = [run["best"]["row"][f"{split}_acc"] for run in runs]
+        if None not in values:
+            result |= {f"{split}_acc_mean": statistics.mean(values), f"{split}_acc_std": statistics.stdev(values)}
+            mean, deviation = result[f"{split}_acc_mean"], result[f"{split}_acc_std"]
+            log(f"{split} accuracy over {len(runs)} seeds: {mean:.4f} ± {deviation:.4f}")
+    return result
 
 
 # ---------------------------------------------------------------- files
@@ -673,13 +937,14 @@ def write_torch(path: Path, content: dict):
         file.write(buffer.getbuffer())
 
 
-def save_model(args, model, model_kwargs: dict, classes: list[str], preprocessing: dict, temperature: float, row: dict):
+def save_model(args, model, model_kwargs: dict, classes: list[str], preprocessing: dict, best: dict, config: dict):
     """Write OUT/model.pt, the finished model, with everything that evaluate.py and predict.py need."""
     write_torch(args.out / "model.pt", {
         "format": CHECKPOINT_FORMAT, "version": FORMAT_VERSION, "arch": args.arch, "model_kwargs": model_kwargs,
-        "classes": classes, "preprocessing": preprocessing, "temperature": temperature, "views": VIEWS[args.augment],
+        "classes": classes, "preprocessing": preprocessing, "temperature": best["temperature"], "views": VIEWS[args.augment],
         "state_dict": {key: value.cpu() for key, value in model.state_dict().items()},
-        "metrics": row, "args": plain_arguments(args), "versions": {"python": platform.python_version(), **library_versions()}})
+        "metrics": best["row"], "args": plain_arguments(args) | config,
+        "versions": {"python": platform.python_version(), **library_versions()}})
 
 
 def library_versions() -> dict[str, str]:

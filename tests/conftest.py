@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-of-tests-")  # nobody's own cache is read or written
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # The smallest useful run: random weights, small images, a model that runs in milliseconds.
-SMALL = ["--arch", "resnet18", "--weights", "none", "--image-size", "32", "--device", "cpu"]
+SMALL = ["--arch", "resnet18", "--weights", "none", "--image-size", "32", "--device", "cpu", "--precision", "fp32"]
 
 
 @pytest.fixture

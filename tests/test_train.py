@@ -1,11 +1,17 @@
 """train.py: the three files it writes, what it learns, what it leaves alone, what it refuses."""
 import csv
+import json
+import math
+import random
 import shutil
+import statistics
+import time
 
 import pytest
 import torch
 import torchvision
 from conftest import SMALL, command, make_tree, real, tile
+from PIL import Image
 
 FIELDS = ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "seconds"]
 
@@ -19,6 +25,43 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_file(folder):
+    """A ResNet-18 of random weights as w.pth, so that runs with different seeds share their backbone."""
+    torch.manual_seed(5)
+    torch.save(torchvision.models.resnet18().state_dict(), folder / "w.pth")
+    return folder / "w.pth"
+
+
+def interrupt_after(monkeypatch, epochs):
+    """Have the run end as by Ctrl-C once last.pt has been written so many times."""
+    import train
+    real_save, calls = train.save_last, []
+
+    def die(*positional, **state):
+        real_save(*positional, **state)
+        calls.append(1)
+        if len(calls) == epochs:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save_last", die)
+
+
+@pytest.fixture(scope="session")
+def hard_train(tmp_path_factory):
+    """Three classes of which two are hard to tell apart: no model is without mistakes."""
+    data = make_tree(tmp_path_factory.mktemp("hard") / "data", counts=(("train", 24), ("val", 30), ("test", 30)))
+    for split, count in (("train", 24), ("val", 30), ("test", 30)):
+        for number in range(count):
+            for name, red in (("red", 105), ("blue", 95)):
+                shade = red + random.Random(f"{split}{name}{number}").randrange(-12, 12)
+                tile((shade, 40, 100), f"hard {split}{name}{number}").save(data / split / name / f"{name} {number}.png")
+    return data
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -28,7 +71,8 @@ def test_result_line_history_and_checkpoint(trained, tree):
     assert list(rows[0]) == FIELDS and [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
     assert result["model"] == str(trained.model) and result["arch"] == "resnet18" and result["epochs"] == 4
     best = rows[result["best_epoch"] - 1]
-    assert float(best["val_acc"]) == max(float(row["val_acc"]) for row in rows)
+    right = [row for row in rows if float(row["val_acc"]) == 1]  # of epochs without a mistake, that with the lowest loss is best
+    assert float(best["val_loss"]) == min(float(row["val_loss"]) for row in right)
     for split in ("train", "val", "test"):
         assert result[f"{split}_acc"] == float(best[f"{split}_acc"])
     assert result["test_acc"] >= 0.9
@@ -162,6 +206,145 @@ def test_features_are_remembered_by_content(run, tree, tmp_path):
     assert "to compute" not in changed  # nothing is known of another precision
     result = run("train", *args, "--out", tmp_path / "fifth", "--image-size", 48, "--epochs", 8, "--lr", 0.01)
     assert "to compute" not in result.err and result.json["test_acc"] > 0.9
+
+
+def test_tune_trains_side_by_side_and_chooses_on_val(run, trained, hard_train, tmp_path):
+    """The table has every configuration, the winner is the best on val, and the one of the arguments does as it does alone."""
+    args = ["--data", hard_train, "--epochs", 4, "--lr", 0.01, *SMALL]
+    alone = run("train", *args, "--out", tmp_path / "alone").json
+    tuned = run("train", *args, "--out", tmp_path / "tuned", "--tune", 12).json
+    rows = read_csv(tmp_path / "tuned" / "tune.csv")
+    assert len(rows) == 12 and [row["winner"] for row in rows].count("1") == 1 and not any("test" in name for name in rows[0])
+    winner = next(row for row in rows if row["winner"] == "1")
+    assert float(winner["val_loss_calibrated"]) == min(float(row["val_loss_calibrated"]) for row in rows)
+    assert int(rows[0]["best_epoch"]) == alone["best_epoch"] and float(rows[0]["val_acc"]) == pytest.approx(alone["val_acc"])
+    best = history(tmp_path / "alone")[alone["best_epoch"] - 1]
+    assert float(rows[0]["val_loss"]) == pytest.approx(float(best["val_loss"]), rel=1e-3)
+    assert len({row["lr"] for row in rows}) == 12 and len({row["epochs"] for row in rows}) > 1
+    checkpoint = load(tmp_path / "tuned" / "model.pt")
+    for name in ("lr", "weight_decay", "label_smoothing", "epochs"):
+        assert checkpoint["args"][name] == pytest.approx(float(winner[name])) == tuned["tuned"][name]
+    assert len(history(tmp_path / "tuned")) == int(winner["epochs"])
+    with Image.open(tmp_path / "tuned" / "tune.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_heads_of_a_conv_classifier_train_side_by_side(run, hard_train, tmp_path):
+    run("train", "--data", hard_train, "--out", tmp_path / "out", "--epochs", 2, "--arch", "squeezenet1_1", "--weights", "none", "--image-size", 64,
+        "--tune", 3)
+    rows = read_csv(tmp_path / "out" / "tune.csv")
+    assert len({row["val_loss"] for row in rows}) == 3
+
+
+def test_a_diverging_configuration_is_just_the_worst(run, hard_train, tmp_path):
+    run("train", "--data", hard_train, "--out", tmp_path / "out", "--epochs", 2, "--lr", 3e34, "--tune", 8, *SMALL)
+    rows = read_csv(tmp_path / "out" / "tune.csv")
+    finite = [math.isfinite(float(row["val_loss"])) for row in rows]
+    assert not all(finite) and finite[[row["winner"] for row in rows].index("1")]  # squares of 1e34 times a weight decay overflow
+
+
+def test_seeds_are_the_runs_one_would_make_one_by_one(run, hard_train, tmp_path):
+    args = ["--data", hard_train, "--epochs", 3, *SMALL]
+    together = run("train", *args, "--weights", weights_file(tmp_path), "--seeds", 3, "--out", tmp_path / "all")
+    single = [run("train", *args, "--weights", tmp_path / "w.pth", "--seed", seed, "--out", tmp_path / str(seed)).json for seed in range(3)]
+    for split in ("val", "test"):
+        values = [result[f"{split}_acc"] for result in single]
+        assert together.json[f"{split}_acc_mean"] == pytest.approx(statistics.mean(values))
+        assert together.json[f"{split}_acc_std"] == pytest.approx(statistics.stdev(values))
+    assert "±" in together.err and together.json["seeds"] == 3
+    saved = load(tmp_path / "all" / "model.pt")["state_dict"]
+    assert sum(same(saved, load(tmp_path / str(seed) / "model.pt")["state_dict"]) for seed in range(3)) == 1
+    assert len(history(tmp_path / "all")) == 3
+
+
+def test_seeds_resume_in_the_middle(run, hard_train, tmp_path, monkeypatch):
+    args = ["--data", hard_train, "--epochs", 3, "--seeds", 3, "--tune", 3, *SMALL]
+    whole = run("train", *args, "--out", tmp_path / "whole").json
+    interrupt_after(monkeypatch, 2)
+    run("train", *args, "--out", tmp_path / "out", code=130)
+    monkeypatch.undo()
+    again = run("train", *args, "--out", tmp_path / "out", "--resume")
+    assert "resumed after epoch" in again.err and "tuned:" not in again.err
+    assert {**again.json, "seconds": 0, "model": 0, "history": 0} == {**whole, "seconds": 0, "model": 0, "history": 0}
+    assert same(load(tmp_path / "out" / "model.pt")["state_dict"], load(tmp_path / "whole" / "model.pt")["state_dict"])
+
+
+def test_patience_ends_early_and_minutes_bound_the_epochs(run, hard_train, tmp_path):
+    args = ["--data", hard_train, *SMALL]
+    result = run("train", *args, "--epochs", 400, "--lr", 0.3, "--patience", 3, "--out", tmp_path / "patience").json
+    assert result["epochs"] == result["best_epoch"] + 3 < 400
+    start = time.monotonic()
+    result = run("train", *args, "--epochs", 1000000, "--max-minutes", 0.12, "--out", tmp_path / "minutes").json
+    rows = history(tmp_path / "minutes")
+    assert time.monotonic() - start < 20 and 1 < len(rows) == result["epochs"] < 1000000
+    assert float(rows[-1]["lr"]) < 0.2 * float(rows[0]["lr"])  # the cosine came down, though the epochs were cut
+    result = run("train", *args, "--epochs", 50, "--max-minutes", 1e-6, "--out", tmp_path / "none").json
+    assert result["epochs"] == 1 and (tmp_path / "none" / "model.pt").exists()
+
+
+def test_training_options_do_what_they_say(run, hard_train, tmp_path):
+    args = ["--data", hard_train, "--epochs", 6, "--lr", 0.02, *SMALL]
+    norm, entropy = {}, {}
+    options = {"plain": [], "decay": ["--weight-decay", 1], "adamw": ["--weight-decay", 1, "--optimizer", "adamw"], "smooth": ["--label-smoothing", 0.3],
+               "warm": ["--warmup", 3]}
+    for name, extra in options.items():
+        run("train", *args, "--out", tmp_path / name, *extra)
+        checkpoint = load(tmp_path / name / "model.pt")
+        norm[name] = checkpoint["state_dict"]["fc.weight"].norm().item()
+        entropy[name] = float(history(tmp_path / name)[-1]["train_loss"])
+    assert norm["decay"] < 0.5 * norm["plain"] and norm["decay"] < norm["adamw"] < norm["plain"]
+    assert entropy["smooth"] > 1.5 * entropy["plain"]
+    rates = [float(row["lr"]) for row in history(tmp_path / "warm")]
+    assert rates[0] < rates[1] < rates[2] < rates[3] == 0.02 > rates[4] > rates[5]
+
+
+def test_class_imbalance(run, tree, tmp_path):
+    """Red is rare and looks like blue: it is warned of, and with balanced weights it is found more often."""
+    data = make_tree(tmp_path / "data", counts=(("train", 30), ("val", 12), ("test", 12)))
+    for split, keep in (("train", 3), ("val", 12), ("test", 12)):
+        for number in range(30 if split == "train" else 12):
+            path = data / split / "red" / f"red {number}.png"
+            tile((50, 40, 170), f"{split} hard {number}").save(path)
+            if number >= keep:
+                path.unlink()
+    args = ["--data", data, "--epochs", 3, "--seed", 1, *SMALL]
+    plain = run("train", *args, "--out", tmp_path / "plain")
+    assert "imbalanced" in plain.err and "30 blue, 30 green, 3 red" in plain.err
+    balanced = run("train", *args, "--out", tmp_path / "balanced", "--class-weights", "balanced")
+    assert "imbalanced" not in balanced.err
+    recall = {}
+    for name in ("plain", "balanced"):
+        run("evaluate", "--checkpoint", tmp_path / name / "model.pt", "--data", data)
+        recall[name] = {row["class"]: float(row["recall"]) for row in read_csv(tmp_path / name / "report" / "per_class.csv")}["red"]
+    assert recall["balanced"] > recall["plain"]
+
+
+def test_without_val_nothing_can_be_chosen(run, tree, tmp_path):
+    shutil.copytree(tree / "train", tmp_path / "data" / "train")
+    for option in ("--tune", "--patience"):
+        error, = run("train", "--data", tmp_path / "data", "--out", tmp_path / "out", option, 3, *SMALL, code=2).error
+        assert option in error and "no val/" in error
+    assert run("train", "--data", tmp_path / "data", "--out", tmp_path / "out", "--seeds", 2, "--epochs", 2, *SMALL).json["test_acc"] is None
+
+
+def test_tta_averages_the_views_of_the_training(run, trained, tree, tmp_path):
+    from common import FrozenModel, preprocess, read_checkpoint, read_image, read_split
+    run("train", "--data", tree, "--out", tmp_path / "out", "--epochs", 2, "--augment", "dihedral", *SMALL)
+    args = ["--checkpoint", tmp_path / "out" / "model.pt", "--precision", "fp32"]
+    content, model = read_checkpoint(args[1])
+    paths, _, targets = read_split(tree / "test")
+    pixels = torch.stack([preprocess(read_image(path), 32, "bilinear") for path in paths])
+    frozen = FrozenModel(model, content["preprocessing"], 3, torch.device("cpu"), "fp32")
+    views = [view.rot90(turns, (-2, -1)) for view in (pixels, pixels.flip(-1)) for turns in range(4)]
+    wanted = sum((frozen.logits(frozen.features(view)) / content["temperature"]).softmax(1) for view in views) / 8
+    measured = run("evaluate", *args, "--data", tree, "--tta", "--out", tmp_path / "report").json
+    assert measured["accuracy"] == pytest.approx((wanted.argmax(1) == torch.tensor(targets)).float().mean().item())
+    said = [float(row["probability"]) for row in read_csv(tmp_path / "report" / "predictions.csv")]
+    assert said == pytest.approx(wanted.amax(1).tolist(), abs=1e-5)
+    lines = run("predict", *args, tree / "test", "--tta", "--format", "jsonl").out.splitlines()
+    assert [json.loads(line)["probability"] for line in lines] == pytest.approx(said, abs=1e-5)
+    for script, rest in (("evaluate", ["--data", tree]), ("predict", [tree / "test"])):
+        assert "--augment" in run(script, "--checkpoint", trained.model, *rest, "--tta", code=2).error[0]
 
 
 def test_another_network_is_not_resumed(run, tree, tmp_path, monkeypatch):
