@@ -238,16 +238,16 @@ def classify(model: SimpleNamespace, paths: list[str], truth: list[str], device:
     model.raw, model.calibrated = (torch.cat(parts) for parts in zip(*results))
     index = {name: number for number, name in enumerate(model.classes)}
     model.targets = torch.tensor([index[name] for name in truth])
-    model.probability, model.predicted = model.calibrated.exp().max(1)
-    model.right = model.predicted == model.targets
 
 
 def measure(model: SimpleNamespace):
-    """Give a model its `confusion` matrix [true, predicted] and `metrics`; losses are mean cross entropies in nats.
+    """Give a model what it `predicted`, with what `probability`, which are `right` [N], the `confusion` matrix and `metrics`.
 
-    A precision, recall or F1 without a denominator is None; macro F1 is the mean over the classes that occur, as truth or
-    as prediction.
+    The confusion matrix is [true, predicted]; losses are mean cross entropies in nats. A precision, recall or F1 without a
+    denominator is None; macro F1 is the mean over the classes that occur, as truth or as prediction.
     """
+    model.probability, model.predicted = model.calibrated.exp().max(1)
+    model.right = model.predicted == model.targets
     count, n, right = len(model.classes), len(model.targets), model.right.sum().item()
     model.confusion = torch.bincount(model.targets * count + model.predicted, minlength=count * count).view(count, count)
     hits, support, answered = (values.tolist() for values in
@@ -354,8 +354,8 @@ def compare(models: list) -> list[dict]:
         points = f"{Estimate(*(100 * share for share in pair['difference'])):.2f}"
         verdict = f"{a} is better than {b}" if highest < 0.05 else f"No evidence that {a} and {b} differ"
         holm = f", and {highest:.2g} after Holm's correction for {len(pairs)} pairs" if len(pairs) > 1 else ""
-        pair["words"] = (f"{verdict}: {a} has {points} points more. Of the {better + worse:,} images that one of them alone gets "
-                         f"right, {a} gets {better:,}: p = {pair['p']:.2g}{holm} ({MCNEMAR}).")
+        pair["words"] = (f"{verdict}: {a} has {points} points more. Of the {better + worse:,} images that only one of them "
+                         f"gets right, {a} gets {better:,}: p = {pair['p']:.2g}{holm} ({MCNEMAR}).")
     return pairs
 
 
@@ -449,7 +449,7 @@ def describe(model: SimpleNamespace, paths: list[str], prefix: str) -> list[Sect
             for pair in numbers["confused_pairs"][:5]], picture=model.folder / "confusion_matrix.png"),
         Section(f"{prefix}Is a high probability deserved?", [
             f"On average an answer claims a probability of {claimed:.1%}, and {accuracy:.1%} are right: {verdict}.",
-            *([f"{surest['n']:,} answers claim {surest['threshold']:.0%} or more. Of these, {surest['accuracy']:.2%} are right."]
+            *([f"{surest['n']:,} answers claim {surest['threshold']:.0%} or more; of these {surest['accuracy']:.2%} are right."]
               if surest["n"] else [])],
             [["", "uncalibrated", f"calibrated (temperature {numbers['temperature']:.3f})"],
              *([label, f"{numbers[f'{key}_uncalibrated']:.4f}", f"{numbers[key]:.4f}"] for label, key in
