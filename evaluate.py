@@ -9,6 +9,7 @@ Findings and tables go to stderr, the JSON of metrics.json to stdout.
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import html
 import json
@@ -33,19 +34,19 @@ from common import (EXIT_BELOW_BAR, SPLITS, TTA_HELP, FrozenModel, ImageError, L
                     read_batches, read_checkpoint, read_image, read_split, reader_threads, replacing, torch, torchvision)
 
 matplotlib = LazyModule("matplotlib")
-Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95 % interval
+Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95% interval
 RESAMPLES, BINS = 2000, 15
 THRESHOLDS = (0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 SHOWN = 40  # classes in a picture; of more, those with most mistakes
 COLOURS, MARKERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"), "os^Dvp*"  # for all eyes
-INTERVALS = (f"95 %: Wilson's score interval for accuracy, precision and recall; for F1 and macro F1 the percentiles of a "
+INTERVALS = (f"95%: Wilson's score interval for accuracy, precision and recall; for F1 and macro F1 the percentiles of a "
              f"bootstrap of {RESAMPLES} resamples of the n images. A bootstrap finds no width where nothing is wrong.")
 MCNEMAR = "McNemar's exact test, two-sided"
 CURVES = [f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")]
 
 
 class Estimate(NamedTuple):
-    """A number with its 95 % interval; all None without a denominator."""
+    """A number with its 95% interval; all None without a denominator."""
     value: float | None
     low: float | None
     high: float | None
@@ -54,7 +55,7 @@ class Estimate(NamedTuple):
         return "-" if self.value is None else f"{self.value:.4f} [{self.low:.3f}, {self.high:.3f}]"
 
     def __format__(self, spec):
-        return f"{self.value:{spec}} (95 % interval {self.low:{spec}} to {self.high:{spec}})"
+        return f"{self.value:{spec}} (95% interval {self.low:{spec}} to {self.high:{spec}})"
 
 
 class Section(NamedTuple):
@@ -93,24 +94,24 @@ def main(argv=None):
     device = pick_device(args.device)
     models = read_models(args)
     histories = read_histories(args)
-    paths, truth = read_truth(args.data / args.split, models, args.allow_missing)
+    paths, truth, notes = read_truth(args.data / args.split, models, args.allow_missing)
     data_sha256 = hash_split(paths, truth, args.workers)
     for model in models:
         model.folder.mkdir(parents=True, exist_ok=True)
+        for picture in ("comparison.png", "curves.png", "mistakes.png"):
+            (model.folder / picture).unlink(missing_ok=True)  # of an earlier report: this one may have none
         classify(model, paths, truth, device, args)
         measure(model)
     comparisons = compare(models)
-    for picture in ("comparison.png", "curves.png", "mistakes.png"):
-        (args.out / picture).unlink(missing_ok=True)  # of an earlier report, in case this one has none
-    sections = describe_comparison(models, comparisons, args.out / "comparison.png") if comparisons else []
+    sections = [Section("Note", notes)] if notes else []
+    sections += describe_comparison(models, comparisons, args.out / "comparison.png") if comparisons else []
     for model in models:
-        write_csv(model.folder / "per_class.csv", list_classes(model))
-        write_csv(model.folder / "predictions.csv", list_predictions(model, paths))
+        write_tables(model, paths)
         sections += describe(model, paths, f"{model.name}: " if comparisons else "")
     sections += describe_curves(histories, args.out / "curves.png") if histories else []
     metrics = {"checkpoint": str(args.checkpoint[0]), "data": str(args.data), "split": args.split, "tta": args.tta,
-               **plain(models[0].metrics), "curves": [history.findings for history in histories], "intervals": INTERVALS,
-               "command": args.command, "data_sha256": data_sha256,
+               **plain(models[0].metrics), "curves": [history.findings for history in histories], "notes": notes,
+               "intervals": INTERVALS, "command": args.command, "data_sha256": data_sha256,
                "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "pillow": PIL.__version__,
                             "torchvision": str(torchvision.__version__), "matplotlib": matplotlib.__version__}}
     if comparisons:
@@ -155,30 +156,32 @@ def read_models(args) -> list[SimpleNamespace]:
     return models
 
 
-def read_truth(folder: Path, models: list, allow_missing: bool) -> tuple[list[str], list[str]]:
-    """The images of FOLDER/<class>/ and the class name of each, the same for all models.
+def read_truth(folder: Path, models: list, allow_missing: bool) -> tuple[list[str], list[str], list[str]]:
+    """The images of FOLDER/<class>/ and the class name of each, the same for all models; and notes on what is missing.
 
-    A class that a model does not know is a UserError, or left out with `allow_missing`. A class without images is told.
+    A class that a model does not know is a UserError, or left out with `allow_missing`.
     """
     if not folder.parent.is_dir():
         raise UserError(f"no such folder: {folder.parent}")
     if not folder.is_dir():
         raise UserError(f"{folder.parent} has no {folder.name}/ folder; choose another with --split")
     paths, names, targets = read_split(folder)
-    truth = [names[target] for target in targets]
+    truth, notes = [names[target] for target in targets], []
     for model in models:
         if unknown := [f"{name} ({truth.count(name)} images)" for name in names if name not in model.classes]:
             told = f"{folder} has classes that {model.path} does not know: {', '.join(unknown)}"
             if not allow_missing:
                 raise UserError(f"{told}; leave their images out with --allow-missing")
-            log(f"warning: {told}; their images are left out")
+            notes.append(f"{told}: their images are left out.")
     images = [(path, name) for path, name in zip(paths, truth) if all(name in model.classes for model in models)]
     if not images:
         raise UserError(f"{folder} has no image of a known class")
     paths, truth = map(list, zip(*images))
     if absent := [name for name in dict.fromkeys(sum((model.classes for model in models), [])) if name not in truth]:
-        log(f"warning: {folder} has no images of {', '.join(absent)}: the numbers are over the other classes")
-    return paths, truth
+        notes.append(f"{folder} has no images of {', '.join(absent)}: the numbers are over the other classes.")
+    for note in notes:
+        log(f"warning: {note}")
+    return paths, truth, notes
 
 
 def hash_split(paths: list[str], truth: list[str], workers: int | None) -> str:
@@ -276,7 +279,7 @@ def measure(model: SimpleNamespace):
 
 
 def wilson(part: int, whole: int) -> Estimate:
-    """The proportion part / whole with Wilson's 95 % score interval (Wilson, JASA 1927)."""
+    """The proportion part / whole with Wilson's 95% score interval (Wilson, JASA 1927)."""
     if not whole:
         return Estimate(None, None, None)
     share, scale = part / whole, 1 + Z * Z / whole
@@ -311,25 +314,23 @@ def bootstrap_f1(confusion: torch.Tensor) -> list[Estimate]:
             for row in torch.stack([f1[:, 0], *bounds], 1).tolist()]
 
 
-def reliability(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Images, their summed probability of the answer, and right answers [3, BINS], by bins of that probability."""
-    probability, predicted = scores.exp().max(1)
-    bins = (probability * BINS).ceil().long().clamp(1, BINS) - 1
-    columns = torch.ones_like(probability), probability, (predicted == targets).double()
-    return torch.stack([torch.bincount(bins, weights=column, minlength=BINS) for column in columns])
-
-
-def calibration(scores: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+def calibration(scores: torch.Tensor, targets: torch.Tensor) -> dict:
     """How far log-probabilities [N, C] are to be believed.
 
-    nll: mean negative log-likelihood in nats. ece: expected calibration error, |accuracy - mean probability| over 15 bins of
-    equal width, weighted by images (Guo et al., ICML 2017). brier: squared error summed over the classes (Brier, 1950), 0 to 2.
+    nll: mean negative log-likelihood in nats. ece: expected calibration error, |accuracy - mean probability of the answer| in
+    15 bins of equal width of that probability, weighted by images (Guo et al., ICML 2017); these bins are `reliability`.
+    brier: squared error summed over the classes, 0 to 2 (Brier, 1950).
     """
     probabilities, own = scores.exp(), scores.gather(1, targets[:, None])[:, 0]
-    _, claimed, right = reliability(scores, targets)
-    return {"nll": -own.mean().item(), "ece": (right - claimed).abs().sum().item() / len(targets),
+    claimed, predicted = probabilities.max(1)
+    bins = (claimed * BINS).ceil().long().clamp(1, BINS) - 1
+    sums = [torch.bincount(bins, weights=values.double(), minlength=BINS).tolist()
+            for values in (torch.ones_like(claimed), claimed, predicted == targets)]
+    return {"nll": -own.mean().item(), "ece": sum(abs(right - claim) for _, claim, right in zip(*sums)) / len(targets),
             "brier": (probabilities.square().sum(1) - 2 * own.exp() + 1).mean().item(),
-            "mean_probability": probabilities.amax(1).mean().item()}
+            "mean_probability": claimed.mean().item(),
+            "reliability": [{"bin": number, "n": int(n), "probability": claim / n, "accuracy": wilson(right, n)}
+                            for number, (n, claim, right) in enumerate(zip(*sums)) if n]}
 
 
 def compare(models: list) -> list[dict]:
@@ -379,26 +380,18 @@ def plain(numbers: dict) -> dict:
     return result
 
 
-def list_classes(model: SimpleNamespace) -> list[dict]:
-    """A row per class for per_class.csv: the numbers, then the bounds of their intervals."""
+def write_tables(model: SimpleNamespace, paths: list[str]):
+    """Write per_class.csv, the numbers and then the bounds of their intervals, and predictions.csv, a row per image."""
     what = ("precision", "recall", "f1")
-    return [{"class": row["class"], **{key: row[key].value for key in what}, "support": row["support"],
-             **{f"{key}_{side}": getattr(row[key], side) for key in what for side in ("low", "high")}}
-            for row in model.metrics["per_class"]]
-
-
-def list_predictions(model: SimpleNamespace, paths: list[str]) -> list[dict]:
-    """A row per image: its path, true and predicted class, and the calibrated probability of the predicted one."""
+    classes = [[row["class"], *(row[key].value for key in what), row["support"],
+                *(bound for key in what for bound in row[key][1:])] for row in model.metrics["per_class"]]
+    bounds = [f"{key}_{side}" for key in what for side in ("low", "high")]
     columns = (values.tolist() for values in (model.targets, model.predicted, model.probability))
-    return [{"path": path, "true": model.classes[true], "predicted": model.classes[predicted], "probability": round(p, 6)}
-            for path, true, predicted, p in zip(paths, *columns)]
-
-
-def write_csv(path: Path, rows: list[dict]):
-    with replacing(path) as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    images = [[path, model.classes[true], model.classes[said], round(p, 6)] for path, true, said, p in zip(paths, *columns)]
+    for name, heading, rows in (("per_class.csv", ["class", *what, "support", *bounds], classes),
+                                ("predictions.csv", ["path", "true", "predicted", "probability"], images)):
+        with replacing(model.folder / name) as file:
+            csv.writer(file).writerows([heading, *rows])
 
 
 def printable(text: str) -> str:
@@ -432,16 +425,16 @@ def describe(model: SimpleNamespace, paths: list[str], prefix: str) -> list[Sect
     rows = [numbers["per_class"][index] for index in chosen]
     plot_estimates(model.folder / "per_class.png", [f"{shorten(row['class'])} ({row['support']:,})" for row in rows],
                    {key: [row[key.lower()] for row in rows] for key in ("precision", "recall", "F1")},
-                   f"Each class (its images), with 95 % intervals{note}")
+                   f"Each class (its images), with 95% intervals{note}")
     plot_confusion(model.folder / "confusion_matrix.png", model, chosen, note)
-    plot_reliability(model.folder / "reliability.png", model)
+    plot_reliability(model.folder / "reliability.png", numbers)
     shown = plot_mistakes(model.folder / "mistakes.png", model, paths)
     return [
         Section(f"{prefix}Accuracy", [
             f"Of {n:,} images {n - wrong:,} are right: {numbers['accuracy']:.2%}.",
             f"Macro F1 is {numbers['macro_f1']:.4f}; F1 is lowest for {', '.join(worst)}.",
             *([f"Probabilities are averaged over {len(model.views)} views of each image."] if len(model.views) > 1 else [])],
-            [["class", "precision", "recall", "F1", "images"],
+            [["class [95% interval]", "precision", "recall", "F1", "images"],
              *([row["class"], *(str(row[key]) for key in ("precision", "recall", "f1")), f"{row['support']:,}"]
                for row in numbers["per_class"])], model.folder / "per_class.png"),
         Section(f"{prefix}Confusions", [
@@ -458,7 +451,7 @@ def describe(model: SimpleNamespace, paths: list[str], prefix: str) -> list[Sect
             model.folder / "reliability.png"),
         Section(f"{prefix}How sure to ask it to be", [
             "predict.py --min-confidence P gives an answer where the probability is at least P."],
-            [["P", "images answered", "share", "accuracy of the answers"],
+            [["P", "images answered", "share", "accuracy of the answers [95% interval]"],
              *([f"{row['threshold']:.2f}", f"{row['n']:,}", f"{row['coverage']:.1%}", str(row["accuracy"])]
                for row in numbers["coverage"])]),
         Section(f"{prefix}Mistakes", [f"The {shown} most confident of {wrong:,} wrong answers." if shown else "None."],
@@ -474,11 +467,11 @@ def describe_comparison(models: list, comparisons: list[dict], picture: Path) ->
         series[shorten(model.name)] = [model.metrics["accuracy"], model.metrics["macro_f1"],
                                        *(own.get(name, wilson(0, 0)) for name in names)]
     plot_estimates(picture, ["accuracy", "macro F1", *(f"F1 of {shorten(name)}" for name in names)], series,
-                   f"Models on the same images, with 95 % intervals{note}")
+                   f"Models on the same images, with 95% intervals{note}")
     rows = [[model.name, *(str(model.metrics[key]) for key in ("accuracy", "macro_f1")), f"{model.metrics['ece']:.4f}",
              f"{model.metrics['parameters']:,}", f"{model.metrics['ms_per_image']:.2f}"] for model in models]
     return [Section("Comparison", [pair["words"] for pair in comparisons],
-                    [["model", "accuracy", "macro F1", "ECE", "parameters", "ms per image"], *rows], picture)]
+                    [["model [95% interval]", "accuracy", "macro F1", "ECE", "parameters", "ms per image"], *rows], picture)]
 
 
 def describe_curves(histories: list, picture: Path) -> list[Section]:
@@ -560,14 +553,13 @@ def write_report(path: Path, title: str, sections: list[Section]):
 
 # ---------------------------------------------------------------- pictures
 
-def new_figure(width: float, height: float):
-    """A matplotlib figure of width x height inches, drawn without a display; a $ in a class name is a $."""
-    matplotlib.rcParams["text.parse_math"] = False
+@contextlib.contextmanager
+def drawing(path: Path, width: float, height: float):
+    """A matplotlib figure of width x height inches, drawn without a display and saved as a PNG when the block ends."""
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a class name is a $
     from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save_figure(figure, path: Path):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
     with replacing(path, "wb") as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # letters that the font lacks are boxes, and no noise
         figure.savefig(file, format="png", dpi=120)
@@ -582,66 +574,63 @@ def pick_shown(model: SimpleNamespace) -> tuple[list[int], str]:
 
 def plot_estimates(path: Path, labels: list[str], series: dict[str, list[Estimate]], title: str):
     """Estimates with their intervals: a row for each label, in it a colour and marker for each of the series."""
-    figure = new_figure(9, 1.6 + (0.14 + 0.1 * len(series)) * len(labels))
-    axes = figure.subplots()
-    for number, (name, estimates) in enumerate(series.items()):
-        shift = 0.7 * ((number + 0.5) / len(series) - 0.5)
-        known = [(at + shift, *estimate) for at, estimate in enumerate(estimates) if estimate.value is not None]
-        at, values, lows, highs = zip(*known) if known else ((),) * 4
-        colour = COLOURS[number % len(COLOURS)]
-        axes.plot(values, at, MARKERS[number % len(MARKERS)], markersize=4.5, color=colour, label=name)
-        axes.hlines(at, lows, highs, linewidth=1.2, color=colour)
-    axes.set(title=title, xlabel="share", ylim=(len(labels) - 0.5, -0.5))
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_yticks([at + 0.5 for at in range(len(labels) - 1)], minor=True)
-    axes.grid(axis="x", alpha=0.25)
-    axes.grid(axis="y", which="minor", alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=4)
-    save_figure(figure, path)
+    with drawing(path, 9, 1.6 + (0.14 + 0.1 * len(series)) * len(labels)) as figure:
+        axes = figure.subplots()
+        for number, (name, estimates) in enumerate(series.items()):
+            shift = 0.7 * ((number + 0.5) / len(series) - 0.5)
+            known = [(at + shift, *estimate) for at, estimate in enumerate(estimates) if estimate.value is not None]
+            at, values, lows, highs = zip(*known) if known else ((),) * 4
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(values, at, MARKERS[number % len(MARKERS)], markersize=4.5, color=colour, label=name)
+            axes.hlines(at, lows, highs, linewidth=1.2, color=colour)
+        axes.set(title=title, xlabel="share", ylim=(len(labels) - 0.5, -0.5))
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_yticks([at + 0.5 for at in range(len(labels) - 1)], minor=True)
+        axes.tick_params(axis="y", which="minor", length=0)
+        axes.grid(axis="x", alpha=0.25)
+        axes.grid(axis="y", which="minor", alpha=0.25)
+        figure.legend(loc="outside lower center", ncols=4)
 
 
 def plot_confusion(path: Path, model: SimpleNamespace, chosen: list[int], note: str):
     """The confusion matrix [true, predicted] of the chosen classes: counts, coloured by the share of the true class."""
     counts = model.confusion[chosen][:, chosen].tolist()
     shares = (model.confusion / model.confusion.sum(1, keepdim=True).clamp(min=1))[chosen][:, chosen].tolist()
-    side = 3.5 + 0.52 * len(chosen)
-    figure = new_figure(side + 1, side)
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    labels = [shorten(model.classes[index]) for index in chosen]
-    axes.set_xticks(range(len(chosen)), labels, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(chosen)), labels)
-    axes.set(title=f"Images by true and predicted class{note}", xlabel="predicted", ylabel="true")
-    for row, numbers in enumerate(counts):
-        for column, number in enumerate(numbers):
-            if number:
-                axes.text(column, row, number, ha="center", va="center", fontsize=9,
-                          color="white" if shares[row][column] > 0.5 else "black")
-    figure.colorbar(image, label="share of the true class", shrink=0.8)
-    save_figure(figure, path)
+    side = 3.5 + 0.45 * len(chosen)
+    with drawing(path, side + 1, side) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        labels = [shorten(model.classes[index]) for index in chosen]
+        axes.set_xticks(range(len(chosen)), labels, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(chosen)), labels)
+        axes.set(title=f"Images by true and predicted class{note}", xlabel="predicted", ylabel="true")
+        for row, numbers in enumerate(counts):
+            for column, number in enumerate(numbers):
+                if number:
+                    axes.text(column, row, number, ha="center", va="center", fontsize=9,
+                              color="white" if shares[row][column] > 0.5 else "black")
+        figure.colorbar(image, label="share of the true class", shrink=0.8)
 
 
-def plot_reliability(path: Path, model: SimpleNamespace):
+def plot_reliability(path: Path, numbers: dict):
     """Accuracy against the probability claimed, before and after calibration, and how many images claim it."""
-    figure = new_figure(7, 6.5)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="as right as claimed")
-    for number, (what, scores) in enumerate((("uncalibrated", model.raw), ("calibrated", model.calibrated))):
-        counts, claims, hits = reliability(scores, model.targets).tolist()
-        bins = [(claim / n, *wilson(hit, n)) for n, claim, hit in zip(counts, claims, hits) if n]
-        claimed, accuracy, lows, highs = zip(*bins)
-        style = {"color": COLOURS[1 - number], "linewidth": 1.2}
-        ece = model.metrics["ece" if number else "ece_uncalibrated"]
-        upper.plot(claimed, accuracy, marker=MARKERS[1 - number], markersize=4.5, label=f"{what}: ECE {ece:.4f}", **style)
-        upper.vlines(claimed, lows, highs, **style)
-        lower.bar([(at + 0.3 + 0.4 * number) / BINS for at in range(BINS)], counts, width=0.4 / BINS, color=COLOURS[1 - number])
-    upper.set(title=f"Is a high probability deserved? {BINS} bins, with 95 % intervals", xlim=(0, 1), ylim=(0, 1.01),
-              ylabel="accuracy")
-    upper.legend(loc="upper left")
-    upper.grid(alpha=0.25)
-    lower.set(xlabel="probability of the answer", ylabel="images", yscale="log")
-    lower.yaxis.set_major_formatter("{x:,.0f}")
-    save_figure(figure, path)
+    with drawing(path, 7, 6.5) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="as right as claimed")
+        for side, (suffix, colour, marker) in enumerate(zip(("_uncalibrated", ""), COLOURS[1::-1], "so")):
+            bins = numbers[f"reliability{suffix}"]
+            claimed, counts = [row["probability"] for row in bins], [row["n"] for row in bins]
+            accuracy, lows, highs = zip(*(row["accuracy"] for row in bins))
+            upper.plot(claimed, accuracy, marker=marker, markersize=4.5, linewidth=1.2, color=colour,
+                       label=f"{suffix[1:] or 'calibrated'}: ECE {numbers[f'ece{suffix}']:.4f}")
+            upper.vlines(claimed, lows, highs, linewidth=1.2, color=colour)
+            lower.bar([(row["bin"] + 0.3 + 0.4 * side) / BINS for row in bins], counts, 0.4 / BINS, color=colour)
+        upper.set(title=f"Is a high probability deserved? {BINS} bins, with 95% intervals", ylabel="accuracy", xlim=(0, 1),
+                  ylim=(0, 1.01))
+        upper.legend(loc="upper left")
+        upper.grid(alpha=0.25)
+        lower.set(xlabel="probability of the answer", ylabel="images", yscale="log")
+        lower.yaxis.set_major_formatter("{x:,.0f}")
 
 
 def plot_mistakes(path: Path, model: SimpleNamespace, paths: list[str], columns: int = 5, rows: int = 4) -> int:
@@ -651,40 +640,39 @@ def plot_mistakes(path: Path, model: SimpleNamespace, paths: list[str], columns:
     if not order:
         return 0
     rows = math.ceil(len(order) / columns)
-    figure = new_figure(2.3 * columns, 2.95 * rows)
-    cells = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in cells:
-        axes.set_axis_off()
-    for axes, at in zip(cells, order):
-        image = read_image(paths[at])
-        image.thumbnail((360, 360))
-        axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
-        said, true = (shorten(model.classes[index[at]], 24) for index in (model.predicted, model.targets))
-        axes.set_title(f"{shorten(Path(paths[at]).name)}\nsays {said} {model.probability[at]:.2%}\nis {true}", fontsize=8.5)
-    save_figure(figure, path)
+    with drawing(path, 2.3 * columns, 2.95 * rows) as figure:
+        cells = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in cells:
+            axes.set_axis_off()
+        for axes, at in zip(cells, order):
+            image = read_image(paths[at])
+            image.thumbnail((360, 360))
+            axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
+            said, true = (shorten(model.classes[index[at]], 24) for index in (model.predicted, model.targets))
+            axes.set_title(f"{shorten(Path(paths[at]).name)}\nsays {said} {model.probability[at]:.2%}\nis {true}", fontsize=8.5)
     return len(order)
 
 
 def plot_curves(path: Path, histories: list):
     """Loss and accuracy over the epochs, with a dot at the best: a colour per split, or per run where there are several."""
-    figure, several = new_figure(11, 4.6), len(histories) > 1
-    for axes, what, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("Cross entropy (nats)", "Accuracy")):
-        for run, history in enumerate(histories):
-            at = history.rows.index(history.best)
-            for number, (split, line) in enumerate(zip(SPLITS, (":", "-", "--"))):
-                values = [row[f"{split}_{what}"] for row in history.rows]
-                if not all(map(math.isnan, values)):
-                    label = (f"{shorten(history.name)}, " if several else "") + f"{split} {values[at]:.4f}"
-                    axes.plot([row["epoch"] for row in history.rows], values, line, marker="o", markevery=[at], linewidth=1.6,
-                              color=COLOURS[(run if several else number) % len(COLOURS)], label=label)
-            if not several:
-                axes.axvline(history.best["epoch"], color="0.6", linestyle="--", linewidth=1, zorder=0,
-                             label=f"best epoch: {history.best['epoch']}")
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
-    save_figure(figure, path)
+    several = len(histories) > 1
+    with drawing(path, 11, 4.6) as figure:
+        for axes, what, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("Cross entropy (nats)", "Accuracy")):
+            for run, history in enumerate(histories):
+                epochs, at = [row["epoch"] for row in history.rows], history.rows.index(history.best)
+                for number, (split, line) in enumerate(zip(SPLITS, (":", "-", "--"))):
+                    values = [row[f"{split}_{what}"] for row in history.rows]
+                    if not all(map(math.isnan, values)):
+                        label = (f"{shorten(history.name)}, " if several else "") + f"{split} {values[at]:.4f}"
+                        axes.plot(epochs, values, line, marker="o", markevery=[at], linewidth=1.6, label=label,
+                                  color=COLOURS[(run if several else number) % len(COLOURS)])
+                if not several:
+                    axes.axvline(history.best["epoch"], color="0.6", linestyle="--", linewidth=1, zorder=0,
+                                 label=f"best epoch: {history.best['epoch']}")
+            axes.set(title=title, xlabel="epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(alpha=0.25)
+            axes.legend(fontsize=8)
 
 
 if __name__ == "__main__":
