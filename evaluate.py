@@ -120,8 +120,8 @@ def main(argv=None):
         metrics["comparisons"] = [plain(pair) for pair in comparisons]
     for section in sections:
         show(section)
-    write_report(args.out / "report.html", f"{', '.join(model.name for model in models)} on {args.data / args.split}",
-                 [*sections, describe_making(models, metrics)])
+    title = f"{', '.join(model.name for model in models)} on {args.data.resolve().name}/{args.split}"
+    write_report(args.out / "report.html", title, [*sections, describe_making(models, metrics)])
     with replacing(args.out / "metrics.json") as file:
         file.write(json.dumps(metrics, indent=2) + "\n")
     log(f"wrote {args.out}/report.html, metrics.json and the files beside them")
@@ -217,27 +217,22 @@ def read_histories(args) -> list[SimpleNamespace]:
 def classify(model: SimpleNamespace, paths: list[str], truth: list[str], device: torch.device, args):
     """Give a model its `targets` [N] and log-probabilities [N, C], float64: `raw`, and `calibrated` by the temperature.
 
-    The time per image is measured after the pass on a batch in memory: the model's work, without the reading. Raises
-    ImageError at the first image that cannot be read.
+    What is timed is the way from pixels in memory to probabilities, and of all batches the fastest tells what the model needs:
+    the others share the processor with the reading. Raises ImageError at the first image that cannot be read.
     """
     preprocessing, temperatures = model.checkpoint["preprocessing"], (1, model.checkpoint["temperature"])
-    frozen, results, first = FrozenModel(model.network, preprocessing, len(model.classes), device, args.precision), [], None
+    frozen = FrozenModel(model.network, preprocessing, len(model.classes), device, args.precision)
+    results, times = [], []
     with Progress(f"evaluate {model.name}", len(paths)) as progress:
         for batch in read_batches(paths, preprocessing, frozen.batch_size, args.workers):
             if bad := [pixels for _, pixels in batch if isinstance(pixels, ImageError)]:
                 raise bad[0]
-            pixels = torch.stack([pixels for _, pixels in batch])
-            first = pixels if first is None else first
+            pixels, start = torch.stack([pixels for _, pixels in batch]), time.perf_counter()
             results.append(frozen.log_probabilities(pixels, temperatures, model.views))
+            times.append(1000 * (time.perf_counter() - start) / len(batch))
             progress.update(len(batch))
-    seconds = []
-    while len(seconds) < 10 and sum(seconds) < 1:
-        start = time.perf_counter()
-        frozen.log_probabilities(first, temperatures, model.views)
-        seconds.append(time.perf_counter() - start)
-    model.speed = {"ms_per_image": 1000 * statistics.median(seconds) / len(first),
-                   "timing": f"median of {len(seconds)} passes over {len(first)} images in memory, of each {len(model.views)} "
-                             f"view{'s' * (len(model.views) > 1)}, on {device} in {str(frozen.dtype).removeprefix('torch.')}"}
+    model.speed = {"ms_per_image": min(times), "timing": f"the fastest of {len(times)} batches, without reading; views of each "
+                   f"image: {len(model.views)}; {device}, {str(frozen.dtype).removeprefix('torch.')}"}
     model.raw, model.calibrated = (torch.cat(parts) for parts in zip(*results))
     index = {name: number for number, name in enumerate(model.classes)}
     model.targets = torch.tensor([index[name] for name in truth])
@@ -352,11 +347,12 @@ def compare(models: list) -> list[dict]:
     for rank, pair in enumerate(sorted(pairs, key=lambda pair: pair["p"])):
         pair["p_holm"] = highest = max(highest, min(1.0, (len(pairs) - rank) * pair["p"]))
         a, b, better, worse = pair["a"], pair["b"], pair["only_a_right"], pair["only_b_right"]
-        points = f"{Estimate(*(100 * share for share in pair['difference'])):.2f}"
-        verdict = f"{a} is better than {b}" if highest < 0.05 else f"No evidence that {a} and {b} differ"
+        value, low, high = (f"{100 * share:.2f}" for share in pair["difference"])
+        points = f"{value} points (95% interval {low} to {high})"
+        verdict = f"{a} is better than {b} by {points}" if highest < 0.05 else f"No evidence that {a} and {b} differ: {points}"
         holm = f", and {highest:.2g} after Holm's correction for {len(pairs)} pairs" if len(pairs) > 1 else ""
-        pair["words"] = (f"{verdict}: {a} has {points} points more. Of the {better + worse:,} images that only one of them "
-                         f"gets right, {a} gets {better:,}: p = {pair['p']:.2g}{holm} ({MCNEMAR}).")
+        pair["words"] = (f"{verdict}. Of the {better + worse:,} images that only one of them gets right, {a} gets {better:,}: "
+                         f"p = {pair['p']:.2g}{holm} ({MCNEMAR}).")
     return pairs
 
 
@@ -464,8 +460,8 @@ def describe_comparison(models: list, comparisons: list[dict], picture: Path) ->
     names, series = [models[0].classes[index] for index in chosen], {}
     for model in models:
         own = {row["class"]: row["f1"] for row in model.metrics["per_class"]}
-        series[shorten(model.name)] = [model.metrics["accuracy"], model.metrics["macro_f1"],
-                                       *(own.get(name, wilson(0, 0)) for name in names)]
+        series[model.name] = [model.metrics["accuracy"], model.metrics["macro_f1"],
+                              *(own.get(name, wilson(0, 0)) for name in names)]
     plot_estimates(picture, ["accuracy", "macro F1", *(f"F1 of {shorten(name)}" for name in names)], series,
                    f"Models on the same images, with 95% intervals{note}")
     rows = [[model.name, *(str(model.metrics[key]) for key in ("accuracy", "macro_f1")), f"{model.metrics['ece']:.4f}",
@@ -524,7 +520,8 @@ table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabu
 th, td {{ padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #8884 }}
 th:first-child, td:first-child {{ text-align: left; padding-left: 0; vertical-align: top }}
 section:last-child td + td {{ text-align: left; white-space: normal }}
-img {{ display: block; max-width: 100%; background: white; border-radius: 6px }}
+p {{ margin: .4rem 0 }}
+img {{ display: block; max-width: max(100%, 38rem); background: white; border-radius: 6px }}
 </style>
 <h1>{title}</h1>
 {body}
@@ -545,7 +542,7 @@ def write_report(path: Path, title: str, sections: list[Section]):
             body += ["<div><table>", *(f"<tr>{row}</tr>" for row in rows), "</table></div>"]
         if section.picture:
             data = base64.b64encode(section.picture.read_bytes()).decode()
-            body.append(f'<img alt="{html.escape(printable(section.title))}" src="data:image/png;base64,{data}">')
+            body.append(f'<div><img alt="{html.escape(printable(section.title))}" src="data:image/png;base64,{data}"></div>')
         body.append("</section>")
     with replacing(path) as file:
         file.write(PAGE.format(title=html.escape(printable(title)), body="\n".join(body)))
@@ -581,7 +578,7 @@ def plot_estimates(path: Path, labels: list[str], series: dict[str, list[Estimat
             known = [(at + shift, *estimate) for at, estimate in enumerate(estimates) if estimate.value is not None]
             at, values, lows, highs = zip(*known) if known else ((),) * 4
             colour = COLOURS[number % len(COLOURS)]
-            axes.plot(values, at, MARKERS[number % len(MARKERS)], markersize=4.5, color=colour, label=name)
+            axes.plot(values, at, MARKERS[number % len(MARKERS)], markersize=4.5, color=colour, label=shorten(name))
             axes.hlines(at, lows, highs, linewidth=1.2, color=colour)
         axes.set(title=title, xlabel="share", ylim=(len(labels) - 0.5, -0.5))
         axes.set_yticks(range(len(labels)), labels)
