@@ -144,6 +144,7 @@ def test_numbers_agree_with_scikit_learn():
             inside = (top > low) & (top <= low + 1 / 15)
             ece += abs(right[inside].sum() - top[inside].sum()) / 400
         assert numbers[f"ece{suffix}"] == pytest.approx(ece)
+        assert all(row["bin"] < 15 * row["probability"] <= row["bin"] + 1 for row in numbers[f"reliability{suffix}"])
     assert numbers["loss"] == numbers["nll_uncalibrated"] != numbers["nll"]
     for k in (3, 5):
         assert numbers[f"top{k}_accuracy"] == pytest.approx(sklearn.top_k_accuracy_score(truth, model.calibrated.numpy(), k=k, labels=labels))
