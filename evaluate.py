@@ -98,11 +98,11 @@ def main(argv=None):
     data_sha256 = hash_split(paths, truth, args.workers)
     for model in models:
         model.folder.mkdir(parents=True, exist_ok=True)
-        for picture in ("comparison.png", "curves.png", "mistakes.png"):
-            (model.folder / picture).unlink(missing_ok=True)  # of an earlier report: this one may have none
         classify(model, paths, truth, device, args)
         measure(model)
     comparisons = compare(models)
+    for stale in (model.folder / picture for model in models for picture in ("comparison.png", "curves.png", "mistakes.png")):
+        stale.unlink(missing_ok=True)  # of an earlier report: this one may have none
     sections = [Section("Note", notes)] if notes else []
     sections += describe_comparison(models, comparisons, args.out / "comparison.png") if comparisons else []
     for model in models:
@@ -112,8 +112,9 @@ def main(argv=None):
     metrics = {"checkpoint": str(args.checkpoint[0]), "data": str(args.data), "split": args.split, "tta": args.tta,
                **plain(models[0].metrics), "curves": [history.findings for history in histories], "notes": notes,
                "intervals": INTERVALS, "command": args.command, "data_sha256": data_sha256,
-               "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "pillow": PIL.__version__,
-                            "torchvision": str(torchvision.__version__), "matplotlib": matplotlib.__version__}}
+               "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+                            "torchvision": str(torchvision.__version__), "pillow": PIL.__version__,
+                            "matplotlib": matplotlib.__version__}}
     if comparisons:
         metrics["models"] = [{"name": model.name, "checkpoint": str(model.path), "folder": str(model.folder),
                               **plain(model.metrics)} for model in models]
