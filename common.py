@@ -22,7 +22,7 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -273,7 +273,7 @@ def read_image(path, content: bytes | None = None) -> Image.Image:
             image.load()
             deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
             with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse good pixels
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
             if deep:
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             elif image.mode in ("I", "F"):
@@ -282,7 +282,7 @@ def read_image(path, content: bytes | None = None) -> Image.Image:
                 image = image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
             elif image.mode == "P":  # by way of RGBA, else Pillow warns of transparency given as bytes
                 image = image.convert("RGBA")
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except UnidentifiedImageError:
@@ -366,12 +366,13 @@ def reader_threads(workers: int | None) -> int:
     return workers or min(2 * (os.cpu_count() or 1), 16)
 
 
-def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | None = None):
+def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | None = None, read_image=read_image):
     """Read images in threads, ahead of the consumer: yields lists of up to batch_size (path, uint8 [3, S, S] or ImageError).
 
     Threads suffice, since Pillow and torch release the interpreter while they decode and resize; and unlike loader
     processes they start at once, need no shared memory and cannot die alone. The order of `paths`, which may be any
-    iterable, is kept, and only about three batches are in memory at a time.
+    iterable, is kept, and only about three batches are in memory at a time. A None among the paths says that the next may
+    be long in coming: what is under way is handed out first.
     """
     def read(path):
         try:
@@ -379,13 +380,13 @@ def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | Non
         except ImageError as error:
             return path, error
 
-    executor, paths, ahead = ThreadPoolExecutor(reader_threads(workers)), iter(paths), collections.deque()
+    executor, ahead = ThreadPoolExecutor(reader_threads(workers)), collections.deque()
     try:
-        while True:
-            ahead.extend(executor.submit(read, path) for path in islice(paths, 3 * batch_size - len(ahead)))
-            if not ahead:
-                return
-            yield [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
+        for path in chain(paths, [None]):
+            if path is not None:
+                ahead.append(executor.submit(read, path))
+            while len(ahead) >= (1 if path is None else 3 * batch_size):
+                yield [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
@@ -526,9 +527,12 @@ class FrozenModel:
 
 
 def fold_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
-    """A model in eval mode -> the same function with each BatchNorm multiplied into the convolution before it."""
+    """A model in eval mode -> the same function with each BatchNorm multiplied into the convolution before it.
+
+    The model given is used up.
+    """
     try:
-        return importlib.import_module("torch.fx.experimental.optimization").fuse(model)
+        return importlib.import_module("torch.fx.experimental.optimization").fuse(model, inplace=True)
     except torch.fx.proxy.TraceError:  # a forward that torch.fx cannot follow: right as it is, only slower
         return model
 
@@ -586,7 +590,11 @@ def read_checkpoint(path) -> tuple[dict, torch.nn.Module]:
     if len(content["classes"]) != content["model_kwargs"].get("num_classes"):
         raise UserError(f"{path} contradicts itself: {len(content['classes'])} classes, but {content['model_kwargs']}")
     try:
-        model = build_model(content["arch"], content["model_kwargs"])
+        try:
+            with torch.device("meta"):  # random weights, which the file's replace, would take longer than reading those
+                model = build_model(content["arch"], content["model_kwargs"])
+        except NotImplementedError:  # RegNet computes its widths with tensors
+            model = build_model(content["arch"], content["model_kwargs"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: this torchvision cannot build its model: {error}") from None
     load_weights(model, content["state_dict"], content["arch"], path)
@@ -610,7 +618,10 @@ def build_model(arch: str, model_kwargs: dict) -> torch.nn.Module:
 
 
 def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path):
-    """Load a state dict into a model of exactly its keys and shapes; raises UserError naming the keys that do not fit."""
+    """Load a state dict into a model of exactly its keys and shapes; raises UserError naming the keys that do not fit.
+
+    The model takes the tensors themselves, not copies.
+    """
     own = model.state_dict()
     shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}
     wrong = {"missing": [key for key in own if key not in shapes],
@@ -620,4 +631,4 @@ def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path):
         details = "; ".join(f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
                             for kind, keys in wrong.items() if keys)
         raise UserError(f"{path} does not fit the architecture {arch}: {details}")
-    model.load_state_dict(state_dict)
+    model.load_state_dict({key: value.to(own[key].dtype) for key, value in state_dict.items()}, assign=True)
