@@ -5,11 +5,13 @@ A function that only one script needs lives in that script. Nothing here imports
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import contextlib
 import copy
 import ctypes
 import functools
+import gc
 import hashlib
 import importlib
 import io
@@ -48,9 +50,17 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, attribute: str):
+        if self._name not in sys.modules:
+            gc.disable()  # a fifth of the import's time would go into looking for garbage, where there is none
+            try:
+                importlib.import_module(self._name)
+            finally:
+                gc.freeze()  # nor need it be searched later, but at the end, where some libraries count what they made
+                gc.enable()
         return getattr(importlib.import_module(self._name), attribute)
 
 
+atexit.register(gc.unfreeze)
 torch = LazyModule("torch")
 torchvision = LazyModule("torchvision")
 functional = LazyModule("torchvision.transforms.v2.functional")
@@ -590,10 +600,7 @@ def read_checkpoint(path) -> tuple[dict, torch.nn.Module]:
     if len(content["classes"]) != content["model_kwargs"].get("num_classes"):
         raise UserError(f"{path} contradicts itself: {len(content['classes'])} classes, but {content['model_kwargs']}")
     try:
-        try:
-            with torch.device("meta"):  # random weights, which the file's replace, would take longer than reading those
-                model = build_model(content["arch"], content["model_kwargs"])
-        except NotImplementedError:  # RegNet computes its widths with tensors
+        with skip_random_weights():
             model = build_model(content["arch"], content["model_kwargs"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: this torchvision cannot build its model: {error}") from None
@@ -615,6 +622,20 @@ def build_model(arch: str, model_kwargs: dict) -> torch.nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # googlenet, inception_v3: "the default initialization will change"
         return torchvision.models.get_model(arch, weights=None, **model_kwargs)
+
+
+@contextlib.contextmanager
+def skip_random_weights():
+    """Build layers without drawing their random weights, which takes longer than to load real ones."""
+    init = torch.nn.init
+    kept = {name: getattr(init, name) for name in dir(init) if name.endswith("_") and not name.startswith("_")}
+    try:
+        for name in kept:
+            setattr(init, name, lambda tensor, *_, **__: tensor)
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(init, name, function)
 
 
 def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path):

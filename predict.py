@@ -214,10 +214,11 @@ def explain(frozen: FrozenModel, pixels: torch.Tensor, target: int) -> torch.Ten
         images = (pixels[None].to(frozen.device).float() - frozen.mean) / frozen.std
         logits = model(images.requires_grad_(True))
     if seen[0] is None or seen[0].dim() != 4:
-        raise UserError(f"--explain is for convolutional networks: {type(model).__name__} has no feature map at its end")
+        raise UserError("--explain needs a network that ends in a feature map, as convolutional ones do: "
+                        f"{type(model).__name__} does not")
     gradient, = torch.autograd.grad(logits[0, target], seen[0])
     heat = (gradient.mean((2, 3), keepdim=True) * seen[0]).sum(1)[0].relu().detach()
-    return (heat / heat.max().clamp(min=1e-12)).cpu()
+    return (heat / heat.max()).nan_to_num().cpu()  # nothing spoke for it: 0 / 0
 
 
 class Album:
