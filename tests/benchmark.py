@@ -4,6 +4,7 @@
     python tests/benchmark.py cache --data data/eurosat --arch mobilenet_v2
     python tests/benchmark.py compare --data data/eurosat100 --arch resnet50
     python tests/benchmark.py predict --data data/eurosat --arch resnet50
+    python tests/benchmark.py mosaic --data data/eurosat --checkpoint runs/eurosat/model.pt
 
 `pass` measures in turn, several rounds: a matrix product, the frozen backbone on images in memory, the network as a notebook
 runs it (fp32, NCHW, batches of 64, BatchNorm not folded), and train.py's pass from files to features; medians and ratios.
@@ -11,10 +12,12 @@ runs it (fp32, NCHW, batches of 64, BatchNorm not folded), and train.py's pass f
 `compare` runs, in turn: the notebook way (`notebook`, below), train.py with an empty cache, train.py again.
 `predict` measures predict.py in pairs: from image files to records against the bare forward on images in memory; and one image,
 start to end, against a Python that imports torch and torchvision, plus one forward.
+`mosaic` lays out 16 x 12 test tiles as a scene of regions, has predict.py map it, and compares the map with the truth.
 """
 import argparse
 import contextlib
 import csv
+import random
 import shutil
 import statistics
 import subprocess
@@ -30,11 +33,13 @@ sys.path.insert(0, str(ROOT))
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pass", "cache", "compare", "notebook", "predict"))
+    parser.add_argument("what", choices=("pass", "cache", "compare", "notebook", "predict", "mosaic"))
     parser.add_argument("--data", type=Path, default=Path("data/eurosat"))
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--weights", default="none", help="a torchvision state dict, or none: speed does not depend on it")
     parser.add_argument("--images", type=int, default=256, help="pass, predict: images per round")
+    parser.add_argument("--checkpoint", type=Path, help="mosaic: the model.pt to map it with")
+    parser.add_argument("--out", type=Path, default=Path("mosaic"), help="mosaic: folder for the scene and its map")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--device", help="as in train.py")
@@ -239,7 +244,29 @@ def measure_predict(args):
                   f"{least:.2f} s, one image {whole:.2f} s: {whole / least:.2f}", flush=True)
 
 
+def mosaic(args):
+    from PIL import Image
+    rng, columns, rows, tile = random.Random(0), 16, 12, 64
+    classes = {path.name: sorted(path.iterdir()) for path in sorted((args.data / "test").iterdir())}
+    centres = [(rng.uniform(0, columns), rng.uniform(0, rows), name) for name in [*classes] * 2]
+    truth, scene = {}, Image.new("RGB", (columns * tile, rows * tile))
+    for row in range(rows):
+        for column in range(columns):
+            *_, name = min(centres, key=lambda centre: (centre[0] - column) ** 2 + (centre[1] - row) ** 2)
+            truth[row, column] = name
+            scene.paste(Image.open(rng.choice(classes[name])), (column * tile, row * tile))
+    args.out.mkdir(parents=True, exist_ok=True)
+    scene.save(args.out / "scene.png")
+    for stride in (tile, tile // 2):
+        timed([ROOT / "predict.py", "--checkpoint", args.checkpoint, "--scene", args.out / "scene.png", "--tile", tile,
+               "--stride", stride, "--out", args.out / f"stride{stride}"])
+        with open(args.out / f"stride{stride}" / "map.csv", newline="") as file:
+            hits = [row["class"] == truth[int(row["row"]) * stride // tile, int(row["column"]) * stride // tile]
+                    for row in csv.DictReader(file)]
+        print(f"--stride {stride}: {sum(hits)} of {len(hits)} cells right, {sum(hits) / len(hits):.3f}")
+
+
 if __name__ == "__main__":
     arguments = parse_args()
     {"pass": measure_pass, "cache": cache, "compare": compare, "notebook": notebook,
-     "predict": measure_predict}[arguments.what](arguments)
+     "predict": measure_predict, "mosaic": mosaic}[arguments.what](arguments)
