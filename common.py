@@ -516,8 +516,8 @@ class FrozenModel:
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels  # bytes over the bus, and not waited for
-            images = pixels.to(self.device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-            images = images.sub_(self.mean).div_(self.std).to(self.dtype)
+            images = pixels.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)  # plane by plane, then
+            images = images.to(self.dtype).contiguous(memory_format=torch.channels_last)  # mixed: half the time of mixed first
             if self.compiled and len(images) < self.batch_size:  # compiled for one shape: a short batch is filled up
                 images = torch.cat([images, images[:1].expand(self.batch_size - len(images), -1, -1, -1)])
             return self.backbone(images)[:len(pixels)].float()
