@@ -28,7 +28,7 @@ from common import (EXIT_SOME_UNREADABLE, TTA_HELP, FrozenModel, ImageError, Laz
 matplotlib = LazyModule("matplotlib")
 PLOT_COLUMNS, PLOT_ROWS, PLOT_BARS = 3, 6, 5
 UNKNOWN = "unknown"  # the answer below --min-confidence
-SCENE_PIXELS = 400_000_000  # 20,000 x 20,000; a pixel takes 4 bytes of memory, and 4 more while its format is converted
+SCENE_PIXELS = 400_000_000  # 20,000 x 20,000; a pixel takes 4 bytes of memory, and 4 more where it is not RGB to begin with
 MAP_SIDE, LEGEND_ROWS, TINT = 4096, 30, 0.6  # longest side of map.png in pixels, classes listed, opacity of their colours
 WORLD_FILES = (".pgw", ".jgw", ".tfw", ".wld")
 # Found by search for the largest smallest distance (OKLab, tinted over grey), to unknown's grey too, as seen with normal and
