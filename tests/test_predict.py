@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from conftest import COLOURS, ROOT, SMALL, command, make_tree, real, tile
+from conftest import COLOURS, ROOT, command, real, tile
 from PIL import Image
 
 
