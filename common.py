@@ -5,11 +5,13 @@ A function that only one script needs lives in that script. Nothing here imports
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import contextlib
 import copy
 import ctypes
 import functools
+import gc
 import hashlib
 import importlib
 import io
@@ -22,7 +24,7 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -48,9 +50,17 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, attribute: str):
+        if self._name not in sys.modules:
+            gc.disable()  # a fifth of the import's time would go into looking for garbage, where there is none
+            try:
+                importlib.import_module(self._name)
+            finally:
+                gc.freeze()  # nor need it be searched later, but at the end, where some libraries count what they made
+                gc.enable()
         return getattr(importlib.import_module(self._name), attribute)
 
 
+atexit.register(gc.unfreeze)
 torch = LazyModule("torch")
 torchvision = LazyModule("torchvision")
 functional = LazyModule("torchvision.transforms.v2.functional")
@@ -117,7 +127,8 @@ def add_hardware_options(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: CUDA, else MPS, else CPU)")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                       help="of the backbone; auto is bf16 where the processor computes in it natively, else fp32")
+                       help="of the backbone; auto is bf16 where the processor computes in it natively, else fp32, and with a "
+                            "model that was trained in fp32 it is that")
     group.add_argument("--workers", type=positive_int, metavar="N",
                        help="threads that read images (default: 2 per core, at most 16)")
     return group
@@ -280,7 +291,7 @@ def read_image(path, content: bytes | None = None) -> Image.Image:
             image.load()
             deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
             with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse good pixels
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
             if deep:
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             elif image.mode in ("I", "F"):
@@ -289,7 +300,7 @@ def read_image(path, content: bytes | None = None) -> Image.Image:
                 image = image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
             elif image.mode == "P":  # by way of RGBA, else Pillow warns of transparency given as bytes
                 image = image.convert("RGBA")
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except UnidentifiedImageError:
@@ -373,12 +384,13 @@ def reader_threads(workers: int | None) -> int:
     return workers or min(2 * (os.cpu_count() or 1), 16)
 
 
-def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | None = None):
+def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | None = None, read_image=read_image):
     """Read images in threads, ahead of the consumer: yields lists of up to batch_size (path, uint8 [3, S, S] or ImageError).
 
     Threads suffice, since Pillow and torch release the interpreter while they decode and resize; and unlike loader
     processes they start at once, need no shared memory and cannot die alone. The order of `paths`, which may be any
-    iterable, is kept, and only about three batches are in memory at a time.
+    iterable, is kept, and only about three batches are in memory at a time. A None among the paths says that the next may
+    be long in coming: what is under way is handed out first.
     """
     def read(path):
         try:
@@ -386,13 +398,13 @@ def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | Non
         except ImageError as error:
             return path, error
 
-    executor, paths, ahead = ThreadPoolExecutor(reader_threads(workers)), iter(paths), collections.deque()
+    executor, ahead = ThreadPoolExecutor(reader_threads(workers)), collections.deque()
     try:
-        while True:
-            ahead.extend(executor.submit(read, path) for path in islice(paths, 3 * batch_size - len(ahead)))
-            if not ahead:
-                return
-            yield [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
+        for path in chain(paths, [None]):
+            if path is not None:
+                ahead.append(executor.submit(read, path))
+            while len(ahead) >= (1 if path is None else 3 * batch_size):
+                yield [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
@@ -512,8 +524,8 @@ class FrozenModel:
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels  # bytes over the bus, and not waited for
-            images = pixels.to(self.device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-            images = images.sub_(self.mean).div_(self.std).to(self.dtype)
+            images = pixels.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)  # plane by plane, then
+            images = images.to(self.dtype).contiguous(memory_format=torch.channels_last)  # mixed: half the time of mixed first
             if self.compiled and len(images) < self.batch_size:  # compiled for one shape: a short batch is filled up
                 images = torch.cat([images, images[:1].expand(self.batch_size - len(images), -1, -1, -1)])
             return self.backbone(images)[:len(pixels)].float()
@@ -533,9 +545,12 @@ class FrozenModel:
 
 
 def fold_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
-    """A model in eval mode -> the same function with each BatchNorm multiplied into the convolution before it."""
+    """A model in eval mode -> the same function with each BatchNorm multiplied into the convolution before it.
+
+    The model given is used up.
+    """
     try:
-        return importlib.import_module("torch.fx.experimental.optimization").fuse(model)
+        return importlib.import_module("torch.fx.experimental.optimization").fuse(model, inplace=True)
     except torch.fx.proxy.TraceError:  # a forward that torch.fx cannot follow: right as it is, only slower
         return model
 
@@ -593,7 +608,8 @@ def read_checkpoint(path) -> tuple[dict, torch.nn.Module]:
     if len(content["classes"]) != content["model_kwargs"].get("num_classes"):
         raise UserError(f"{path} contradicts itself: {len(content['classes'])} classes, but {content['model_kwargs']}")
     try:
-        model = build_model(content["arch"], content["model_kwargs"])
+        with skip_random_weights():
+            model = build_model(content["arch"], content["model_kwargs"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: this torchvision cannot build its model: {error}") from None
     load_weights(model, content["state_dict"], content["arch"], path)
@@ -609,6 +625,11 @@ def checkpoint_views(checkpoint: dict, tta: bool) -> list:
     return views
 
 
+def checkpoint_precision(checkpoint: dict, precision: str) -> str:
+    """--precision, where auto is fp32 for a model whose features were measured in fp32: the numbers stay what they were."""
+    return "fp32" if precision == "auto" and checkpoint.get("args", {}).get("precision") == "fp32" else precision
+
+
 def build_model(arch: str, model_kwargs: dict) -> torch.nn.Module:
     """torchvision's model `arch` with random weights; `model_kwargs` are its own arguments, such as num_classes."""
     with warnings.catch_warnings():
@@ -616,8 +637,25 @@ def build_model(arch: str, model_kwargs: dict) -> torch.nn.Module:
         return torchvision.models.get_model(arch, weights=None, **model_kwargs)
 
 
+@contextlib.contextmanager
+def skip_random_weights():
+    """Build layers without drawing their random weights, which takes longer than to load real ones."""
+    init = torch.nn.init
+    kept = {name: getattr(init, name) for name in dir(init) if name.endswith("_") and not name.startswith("_")}
+    try:
+        for name in kept:
+            setattr(init, name, lambda tensor, *_, **__: tensor)
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(init, name, function)
+
+
 def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path):
-    """Load a state dict into a model of exactly its keys and shapes; raises UserError naming the keys that do not fit."""
+    """Load a state dict into a model of exactly its keys and shapes; raises UserError naming the keys that do not fit.
+
+    The model takes the tensors themselves, not copies.
+    """
     own = model.state_dict()
     shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}
     wrong = {"missing": [key for key in own if key not in shapes],
@@ -627,4 +665,4 @@ def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path):
         details = "; ".join(f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
                             for kind, keys in wrong.items() if keys)
         raise UserError(f"{path} does not fit the architecture {arch}: {details}")
-    model.load_state_dict(state_dict)
+    model.load_state_dict({key: value.to(own[key].dtype) for key, value in state_dict.items()}, assign=True)

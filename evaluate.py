@@ -30,8 +30,9 @@ from typing import NamedTuple
 import PIL
 
 from common import (EXIT_BELOW_BAR, SPLITS, TTA_HELP, FrozenModel, ImageError, LazyModule, Progress, UserError,
-                    add_hardware_options, checkpoint_views, command, file_hash, fraction, log, make_parser, pick_device,
-                    read_batches, read_checkpoint, read_image, read_split, reader_threads, replacing, torch, torchvision)
+                    add_hardware_options, checkpoint_precision, checkpoint_views, command, file_hash, fraction, log,
+                    make_parser, pick_device, read_batches, read_checkpoint, read_image, read_split, reader_threads, replacing,
+                    torch, torchvision)
 
 matplotlib = LazyModule("matplotlib")
 Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95% interval
@@ -93,7 +94,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     models = read_models(args)
-    histories = read_histories(args)
+    histories = read_histories(args, models)
     paths, truth, notes = read_truth(args.data / args.split, models, args.allow_missing)
     data_sha256 = hash_split(paths, truth, args.workers)
     for model in models:
@@ -192,8 +193,12 @@ def hash_split(paths: list[str], truth: list[str], workers: int | None) -> str:
     return sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def read_histories(args) -> list[SimpleNamespace]:
-    """The histories asked for, or those beside the checkpoints: their rows as numbers, and the best by train.py's rule."""
+def read_histories(args, models: list) -> list[SimpleNamespace]:
+    """The histories asked for, or those beside the checkpoints: their rows as numbers, and the best of them.
+
+    The best is the epoch that the checkpoint beside the history was taken from; without one, that of the lowest val loss.
+    """
+    saved = {model.path.resolve().with_name("history.csv"): model.checkpoint["metrics"].get("epoch") for model in models}
     histories, paths = [], args.history or list(dict.fromkeys(path.with_name("history.csv") for path in args.checkpoint))
     for path, name in zip(paths, short_names(paths)):
         if not path.exists():
@@ -205,8 +210,9 @@ def read_histories(args) -> list[SimpleNamespace]:
             with open(path, newline="", encoding="utf-8") as file:
                 rows = [{"epoch": int(row["epoch"]), **{key: float(row[key] or "nan") for key in CURVES}}
                         for row in csv.DictReader(file)]
-            with_val = [row for row in rows if row["val_acc"] >= 0]
-            best = max(with_val, key=lambda row: (row["val_acc"], -row["val_loss"])) if with_val else rows[-1]
+            with_val = [row for row in rows if not math.isnan(row["val_loss"])]
+            best = min(with_val, key=lambda row: row["val_loss"]) if with_val else rows[-1]
+            best = next((row for row in rows if row["epoch"] == saved.get(path.resolve())), best)
         except (ValueError, LookupError, TypeError):
             raise UserError(f"{path} is no history of train.py, with numbers under epoch, train_loss, train_acc, ...") from None
         histories.append(SimpleNamespace(path=path, name=name, rows=rows, best=best))
@@ -222,7 +228,8 @@ def classify(model: SimpleNamespace, paths: list[str], truth: list[str], device:
     the others share the processor with the reading. Raises ImageError at the first image that cannot be read.
     """
     preprocessing, temperatures = model.checkpoint["preprocessing"], (1, model.checkpoint["temperature"])
-    frozen = FrozenModel(model.network, preprocessing, len(model.classes), device, args.precision)
+    frozen = FrozenModel(model.network, preprocessing, len(model.classes), device,
+                         checkpoint_precision(model.checkpoint, args.precision))
     results, times = [], []
     with Progress(f"evaluate {model.name}", len(paths)) as progress:
         for batch in read_batches(paths, preprocessing, frozen.batch_size, args.workers):

@@ -1,42 +1,84 @@
-"""Classify images: one record per image on stdout, in input order, and pictures if asked for.
+"""Classify images, one record each on stdout in input order, or map a large scene; with pictures if asked for.
 
-Takes files, folders (searched recursively) and - for paths on stdin, one a line. A terminal gets a table, a pipe CSV. An
-image that cannot be read gives a record with the reason, the rest goes on, and the exit code is 3. The probabilities are
-calibrated by the temperature in the checkpoint.
+Takes files, folders (searched recursively) and - for paths on stdin. A terminal gets a table, a pipe CSV. Records come as
+soon as stdin has nothing more to give, so it can follow a slow producer. An image that cannot be read gives a record with the
+reason, the rest goes on, and the exit code is 3. The probabilities are calibrated by the temperature in the checkpoint.
+
+--scene cuts one large image into tiles and writes DIR/map.png, map.csv, map.json, and map.pgw if it has a world file.
 """
 from __future__ import annotations
 
+import colorsys
 import contextlib
 import csv
+import functools
 import json
 import math
 import os
 import sys
+import warnings
 from pathlib import Path
 
-from common import (EXIT_SOME_UNREADABLE, TTA_HELP, FrozenModel, ImageError, LazyModule, UserError, add_hardware_options,
-                    checkpoint_views, command, find_images, log, make_parser, pick_device, positive_int, read_batches,
-                    read_checkpoint, read_image, replacing, torch)
+from PIL import Image, ImageDraw, ImageFont
+
+from common import (EXIT_SOME_UNREADABLE, TTA_HELP, FrozenModel, ImageError, LazyModule, Progress, UserError,
+                    add_hardware_options, checkpoint_precision, checkpoint_views, command, find_images, fraction, log,
+                    make_parser, pick_device, positive_int, read_batches, read_checkpoint, read_image, replacing, torch)
 
 matplotlib = LazyModule("matplotlib")
 PLOT_COLUMNS, PLOT_ROWS, PLOT_BARS = 3, 6, 5
+UNKNOWN = "unknown"  # the answer below --min-confidence
+SCENE_PIXELS = 400_000_000  # 20,000 x 20,000; a pixel takes 4 bytes of memory, and 4 more where it is not RGB to begin with
+MAP_SIDE, LEGEND_ROWS, TINT = 4096, 30, 0.6  # longest side of map.png in pixels, classes listed, opacity of their colours
+WORLD_FILES = (".pgw", ".jgw", ".tfw", ".wld")
+# Found by search for the largest smallest distance (OKLab, tinted over grey), to unknown's grey too, as seen with normal and
+# with red- or green-blind eyes (Machado et al., 2009). For EuroSAT's classes the order is a natural one.
+COLOURS = ("ccff00", "00cc00", "ffcc99", "660000", "990099", "00ffff", "ff66ff", "ff0000", "0000ff", "000066")
 
 
 def parse_args(argv):
     parser = make_parser("predict.py", __doc__,
                          "python predict.py --checkpoint runs/eurosat/model.pt photo.jpg tiles/ --top-k 3")
     group = parser.add_argument_group("input")
-    group.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, a folder of images, or - for paths on stdin")
+    group.add_argument("images", nargs="*", metavar="IMAGE", help="an image file, a folder of images, or - for paths on stdin")
+    group.add_argument("-0", "--null", action="store_true", help="paths on stdin end in NUL, as after find -print0; implies -")
     group.add_argument("--checkpoint", type=Path, required=True, help="the model.pt that train.py wrote")
     group.add_argument("--tta", action="store_true", help=TTA_HELP)
     group = parser.add_argument_group("output")
     group.add_argument("--top-k", type=positive_int, default=1, help="report this many classes, the most probable first")
+    group.add_argument("--min-confidence", type=fraction, default=0.0, metavar="P",
+                       help=f"answer {UNKNOWN} where no class has this probability; evaluate.py's report helps to choose it")
     group.add_argument("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
     group.add_argument("--plot", type=Path, metavar="FILE.png",
                        help=f"show each image with its {PLOT_BARS} most probable classes; beyond {PLOT_COLUMNS * PLOT_ROWS} "
                             "images, further pages are FILE-2.png, FILE-3.png, ...")
+    group.add_argument("--explain", action="store_true",
+                       help="in --plot, also show where in each image lies what spoke for its class (convolutional networks)")
+    group = parser.add_argument_group("map of a large scene")
+    group.add_argument("--scene", type=Path, metavar="IMAGE", help=f"a scene of up to {SCENE_PIXELS // 10 ** 6} million pixels")
+    group.add_argument("--tile", type=positive_int, metavar="PIXELS", help="side of a tile (default: 64)")
+    group.add_argument("--stride", type=positive_int, metavar="PIXELS",
+                       help="from tile to tile, and the side of a cell of the map; less than --tile overlaps (default: --tile)")
+    group.add_argument("--out", type=Path, metavar="DIR", help="folder for the map")
     add_hardware_options(parser)
     args = parser.parse_args(argv)
+    if args.null and "-" not in args.images:
+        args.images.append("-")
+    if not args.images and not args.scene:
+        parser.error("give images, folders, - for paths on stdin, or --scene")
+    if args.scene:
+        if args.images or args.plot or args.explain or args.format or args.top_k > 1:
+            parser.error("--scene goes without IMAGE, --top-k, --format, --plot and --explain")
+        if not args.out:
+            parser.error("--scene needs --out DIR, the folder for the map")
+        args.tile = args.tile or 64
+        args.stride = args.stride or args.tile
+        if args.stride > args.tile:
+            parser.error(f"--stride {args.stride} would leave gaps between tiles of {args.tile} pixels")
+    elif args.out or args.tile or args.stride:
+        parser.error("--tile, --stride and --out are for --scene")
+    if args.explain and not args.plot:
+        parser.error("--explain draws into --plot FILE.png, which is missing")
     args.format = args.format or ("table" if sys.stdout.isatty() else "csv")
     return args
 
@@ -44,33 +86,52 @@ def parse_args(argv):
 @command
 def main(argv=None):
     args = parse_args(argv)
+    scene = read_scene(args.scene, args.tile) if args.scene else None
     for folder in filter(os.path.isdir, args.images):
         if not any(True for _ in find_images(folder)):
             raise UserError(f"no images in folder {folder}")
-    for stream in (sys.stdin, sys.stdout):  # file names need not be valid UTF-8, and a pipe on Windows is not UTF-8 by default
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    with contextlib.suppress(AttributeError):  # a file name need not be valid UTF-8, nor is a pipe on Windows UTF-8 by itself
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     device = pick_device(args.device)
     checkpoint, model = read_checkpoint(args.checkpoint)
-    classes, preprocessing = checkpoint["classes"], checkpoint["preprocessing"]
-    frozen = FrozenModel(model, preprocessing, len(classes), device, args.precision)
-    views = checkpoint_views(checkpoint, args.tta)
-    write = record_writer(args.format, classes, min(args.top_k, len(classes)))
-    album = Album(args.plot, classes) if args.plot else None
-    images = failures = 0
-    for batch in read_batches(list_paths(args.images), preprocessing, frozen.batch_size, args.workers):
+    precision = checkpoint_precision(checkpoint, args.precision)
+    frozen = FrozenModel(model, checkpoint["preprocessing"], len(checkpoint["classes"]), device, precision)
+    run = functools.partial(classify, frozen, checkpoint, checkpoint_views(checkpoint, args.tta), args.workers)
+    if args.scene:
+        return map_scene(scene, run, checkpoint["classes"], args)
+    return list_classes(run(list_paths(args.images, args.null)), checkpoint["classes"], frozen, args)
+
+
+def classify(frozen: FrozenModel, checkpoint: dict, views: list, workers: int | None, paths, read=read_image):
+    """Yield lists of (path, uint8 pixels [3, S, S] or ImageError, calibrated probability of each class or None), in order."""
+    for batch in read_batches(paths, checkpoint["preprocessing"], frozen.batch_size, workers, read):
         readable = [pixels for _, pixels in batch if not isinstance(pixels, ImageError)]
-        rows = iter(probabilities(frozen, readable, checkpoint["temperature"], views))
-        for path, pixels in batch:
+        rows = iter(frozen.log_probabilities(torch.stack(readable), [checkpoint["temperature"]], views)[0].exp().tolist()
+                    if readable else [])
+        yield [(path, pixels, None if isinstance(pixels, ImageError) else next(rows)) for path, pixels in batch]
+
+
+# ---------------------------------------------------------------- a record per image
+
+def list_classes(batches, classes: list[str], frozen: FrozenModel, args):
+    """Print a record of each image in the batches that `classify` yields, and draw it if asked for; returns the exit code."""
+    if args.explain:  # a network that cannot is refused before the first record
+        size = frozen.preprocessing["size"]
+        explain(frozen, torch.zeros(3, size, size, dtype=torch.uint8), 0)
+    album = Album(args.plot, frozen if args.explain else None) if args.plot else None
+    write = record_writer(args.format, classes, min(args.top_k, len(classes)))
+    images = failures = 0
+    for batch in batches:
+        for path, pixels, row in batch:
             images += 1
-            if isinstance(pixels, ImageError):
+            if row is None:
                 failures += 1
-                write(path, None, pixels.reason)
-            else:
-                row = next(rows)
-                write(path, row, None)
-                if album:
-                    album.add(path, row)
+                write(path, [], pixels.reason)
+                continue
+            best = rank(row, classes, args.min_confidence)
+            write(path, best[:args.top_k], None)
+            if album:
+                album.add(path, pixels, best, row.index(max(row)))
         sys.stdout.flush()
     if album:
         album.save_page()
@@ -79,44 +140,47 @@ def main(argv=None):
         return EXIT_SOME_UNREADABLE
 
 
-def list_paths(arguments: list[str]):
+def list_paths(arguments: list[str], null: bool):
     """Yield the image paths that the arguments stand for; a file that is not there is left for the reader to report."""
     for argument in arguments:
         if argument == "-":
-            yield from (line for line in (line.rstrip("\r\n") for line in sys.stdin) if line)
+            yield from read_names(null)
         elif Path(argument).is_dir():
             yield from find_images(argument)
         else:
             yield argument
 
 
-def probabilities(frozen: FrozenModel, pixels: list[torch.Tensor], temperature: float, views: list) -> list[list[float]]:
-    """Calibrated probabilities, a row of one number per class for each uint8 image [3, S, S]."""
-    if not pixels:
-        return []
-    return frozen.log_probabilities(torch.stack(pixels), [temperature], views)[0].exp().tolist()
+def read_names(null: bool):
+    """Yield the paths on stdin, and None before each wait for more: what has piled up meanwhile is the next to be read."""
+    if sys.stdin is None:
+        raise UserError("no paths to read: stdin is closed")
+    end, rest, block = b"\0" if null else b"\n", b"", True
+    while block:
+        block = sys.stdin.buffer.read1(1 << 16)
+        *names, rest = (rest + (block or end)).split(end)
+        yield from (os.fsdecode(name) for name in (name if null else name.rstrip(b"\r") for name in names) if name)
+        yield None
 
 
-def top(row: list[float], classes: list[str], count: int) -> list[tuple[str, float]]:
-    return [(classes[i], row[i]) for i in sorted(range(len(row)), key=lambda i: -row[i])[:count]]
+def rank(row: list[float], classes: list[str], least: float) -> list[tuple[str, float]]:
+    """(class, probability), the most probable first; that one is called `unknown` if its probability is below `least`."""
+    first, *rest = sorted(zip(classes, row), key=lambda pair: -pair[1])
+    return [first if first[1] >= least else (UNKNOWN, first[1]), *rest]
 
 
 def record_writer(form: str, classes: list[str], top_k: int):
-    """A function write(path, probabilities or None, error or None) that prints one record in the format asked for."""
-    width = max(map(len, classes))
+    """A function write(path, (class, probability) pairs, error or None) that prints one record in the format asked for."""
+    width = max(map(len, [*classes, UNKNOWN]))
 
-    def write_table(path, row, error):
+    def write_table(path, best, error):
         path = path if path.isprintable() else repr(path)
-        best = "  ".join(f"{p:7.2%} {name:<{width}}" for name, p in top(row, classes, top_k)) if row else "error:"
-        print(f"{best}  {path}" + (f" ({error})" if error else ""))
+        columns = "  ".join(f"{p:7.2%} {name:<{width}}" for name, p in best)
+        print(f"{columns}  {path}" if best else f"error:  {path} ({error})")
 
-    def write_jsonl(path, row, error):
-        if error:
-            record = {"path": path, "error": error}
-        else:
-            first, *rest = ({"class": name, "probability": round(p, 6)} for name, p in top(row, classes, top_k))
-            record = {"path": path, **first, **({"rest": rest} if top_k > 1 else {})}
-        print(json.dumps(record))
+    def write_jsonl(path, best, error):
+        first, *rest = [{"class": name, "probability": round(p, 6)} for name, p in best] or [{"error": error}]
+        print(json.dumps({"path": path, **first, **({"rest": rest} if top_k > 1 and best else {})}))
 
     if form != "csv":
         return {"table": write_table, "jsonl": write_jsonl}[form]
@@ -124,28 +188,57 @@ def record_writer(form: str, classes: list[str], top_k: int):
     others = [f"{what}_{k}" for k in range(2, top_k + 1) for what in ("class", "probability")]
     writer.writerow(["path", "class", "probability", *others, "error"])
 
-    def write_csv(path, row, error):
-        cells = [cell for name, p in top(row, classes, top_k) for cell in (name, round(p, 6))] if row else [""] * (2 * top_k)
+    def write_csv(path, best, error):
+        cells = [cell for name, p in best for cell in (name, round(p, 6))] or [""] * (2 * top_k)
         writer.writerow([path, *cells, error or ""])
     return write_csv
 
 
-class Album:
-    """Pages of pictures: each image with its predicted class and bars of its most probable classes."""
+# ---------------------------------------------------------------- pictures
 
-    def __init__(self, file: Path, classes: list[str]):
+def explain(frozen: FrozenModel, pixels: torch.Tensor, target: int) -> torch.Tensor:
+    """What of an image, uint8 pixels [3, S, S], spoke for the class `target`: heat [h, w] in 0..1, on the CPU.
+
+    Grad-CAM (Selvaraju et al., ICCV 2017): the channels of the last feature map before the head, each weighted by the mean
+    gradient of the class's logit, and of their sum what is positive. Raises UserError for a network whose head does not
+    look at a map but at tokens, such as a vision transformer.
+    """
+    model, seen = frozen.model.to(frozen.device).requires_grad_(False), [None]
+    head = model.get_submodule(frozen.cut[0])
+
+    def remember(module, _, output):
+        if module is head:
+            seen.append(None)  # what follows is no feature map
+        elif len(seen) == 1 and torch.is_tensor(output) and (output.dim() == 3 or min(output.shape[2:], default=1) > 1):
+            seen[0] = output  # tokens [1, N, C] or a map [1, C, H, W]
+    with torch.nn.modules.module.register_module_forward_hook(remember), torch.enable_grad():
+        images = (pixels[None].to(frozen.device).float() - frozen.mean) / frozen.std
+        logits = model(images.requires_grad_(True))
+    if seen[0] is None or seen[0].dim() != 4:
+        raise UserError("--explain needs a network that ends in a feature map, as convolutional ones do: "
+                        f"{type(model).__name__} does not")
+    gradient, = torch.autograd.grad(logits[0, target], seen[0])
+    heat = (gradient.mean((2, 3), keepdim=True) * seen[0]).sum(1)[0].relu().detach()
+    return (heat / heat.max()).nan_to_num().cpu()  # nothing spoke for it: 0 / 0
+
+
+class Album:
+    """Pages of pictures: each image, where it speaks for its class if asked for, and bars of its most probable classes."""
+
+    def __init__(self, file: Path, explained: FrozenModel | None):
         if not file.parent.is_dir() or file.is_dir():
             raise UserError(f"--plot {file}: " + ("is a folder" if file.is_dir() else f"no such folder: {file.parent}"))
-        self.file, self.classes, self.page, self.waiting = file, classes, 1, []
+        self.file, self.explained, self.page, self.waiting = file, explained, 1, []
 
-    def add(self, path: str, row: list[float]):
-        """Put an image on the page; a full page is written."""
+    def add(self, path: str, pixels: torch.Tensor, best: list[tuple[str, float]], target: int):
+        """Put an image on the page, with the heat of class index `target`; a full page is written."""
         if len(self.waiting) == PLOT_COLUMNS * PLOT_ROWS:
             self.save_page()
         thumbnail = read_image(path)
         thumbnail.thumbnail((360, 360))
         name = Path(path).name.encode("utf-8", "replace").decode()
-        self.waiting.append((thumbnail, name, top(row, self.classes, PLOT_BARS)))
+        heat = explain(self.explained, pixels, target) if self.explained else None
+        self.waiting.append((thumbnail, name, best[:PLOT_BARS], heat))
 
     def save_page(self):
         """Write the images that wait as one page."""
@@ -153,15 +246,23 @@ class Album:
             return
         matplotlib.rcParams["text.parse_math"] = False
         from matplotlib.figure import Figure
-        columns = min(PLOT_COLUMNS, len(self.waiting))
+        columns, ratios = min(PLOT_COLUMNS, len(self.waiting)), [1, 1, 1.35] if self.explained else [1, 1.35]
         rows = math.ceil(len(self.waiting) / columns)
-        figure = Figure(figsize=(4.6 * columns, 2.05 * rows + 0.2), layout="constrained")
+        figure = Figure(figsize=(1.96 * sum(ratios) * columns, 2.05 * rows + 0.2), layout="constrained")
         figure.get_layout_engine().set(h_pad=0.1, w_pad=0.06)
-        cells = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.35] * columns).ravel()
+        cells = figure.subplots(rows, len(ratios) * columns, squeeze=False, width_ratios=ratios * columns).ravel()
         for axes in cells:
             axes.set_axis_off()
-        for (image, name, best), left, right in zip(self.waiting, cells[::2], cells[1::2]):
-            left.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
+        for number, (image, name, best, heat) in enumerate(self.waiting):
+            left, *middle, right = cells[number * len(ratios):][:len(ratios)]
+            for axes in (left, *middle):
+                axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
+            if heat is not None:  # of the centre square, which is what the network saw
+                (width, height), side = image.size, min(image.size)
+                x, y = (width - side) / 2 - 0.5, (height - side) / 2 - 0.5
+                middle[0].imshow(heat.tolist(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, interpolation="bilinear",
+                                 extent=(x, x + side, y + side, y))
+                middle[0].set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
             left.set_title(name if len(name) < 28 else f"{name[:12]}...{name[-13:]}", fontsize=8, color="0.35")
             right.set_axis_on()
             values = [p for _, p in best]
@@ -176,6 +277,139 @@ class Album:
             figure.savefig(opened, format="png", dpi=120)
         log(f"wrote {file}")
         self.waiting, self.page = [], self.page + 1
+
+
+# ---------------------------------------------------------------- a map of a large scene
+
+def read_scene(path: Path, tile: int) -> Image.Image:
+    """Read the scene as RGB; raises ImageError where it has more than SCENE_PIXELS, UserError where a tile is larger."""
+    Image.MAX_IMAGE_PIXELS = SCENE_PIXELS // 2  # Pillow warns beyond this, and refuses beyond twice this
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        scene = read_image(path)
+    if min(scene.size) < tile:
+        raise UserError(f"--tile {tile} is larger than {path}, which has {scene.width} x {scene.height} pixels")
+    return scene
+
+
+def map_scene(scene: Image.Image, classify, classes: list[str], args):
+    """Classify the tiles of a scene and write its map: DIR/map.png, map.csv, map.json, and map.pgw beside a world file."""
+    world = read_world_file(args.scene)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.scene.resolve() == (args.out / "map.png").resolve():
+        raise UserError(f"the map would replace the scene, {args.scene}; choose another --out")
+    lefts, tops = (tile_starts(length, args.tile, args.stride) for length in scene.size)
+    boxes = ((x, y, x + args.tile, y + args.tile) for y in tops for x in lefts)
+    parts = []
+    with Progress("map", len(lefts) * len(tops), "tiles") as progress:
+        for batch in classify(boxes, scene.crop):
+            parts.append(torch.tensor([row for *_, row in batch], dtype=torch.float64))
+            progress.update(len(batch))
+    tiles = torch.cat(parts).view(len(tops), len(lefts), -1)
+    down, across = (share_cells(starts, args, length) for starts, length in ((tops, scene.height), (lefts, scene.width)))
+    probability, winner = torch.einsum("rt,tuc,ku->rkc", down, tiles, across).max(2)
+    winner[probability < args.min_confidence] = len(classes)
+    names = [*classes, UNKNOWN]
+    shares = measure_shares(winner, len(names), args.stride, scene)
+    with replacing(args.out / "map.csv") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["row", "column", "class", "probability"])
+        for row, cells in enumerate(zip(winner.tolist(), probability.tolist())):
+            writer.writerows([row, column, names[index], round(p, 6)] for column, (index, p) in enumerate(zip(*cells)))
+    factor = math.ceil(max(scene.size) / MAP_SIDE)
+    with replacing(args.out / "map.png", "wb") as file:
+        draw_map(scene.reduce(factor), winner, args.stride / factor, names, shares).save(file, format="png")
+    write_world_file(args.out / "map.pgw", world, factor)
+    report = {"scene": str(args.scene), "map": str(args.out / "map.png"), "tiles": len(tops) * len(lefts), "rows": len(winner),
+              "columns": len(winner[0]), "cell_pixels": args.stride, "map_scale": factor,
+              "percent": {name: round(share, 4) for name, share in zip(names, shares)}}
+    with replacing(args.out / "map.json") as file:
+        file.write(json.dumps(report, indent=2) + "\n")
+    log(f"wrote {args.out}/map.png, map.csv, map.json" + (", map.pgw" if world else ""))
+    print(json.dumps(report))
+
+
+def tile_starts(length: int, tile: int, stride: int) -> list[int]:
+    """The first pixels of the tiles along a side of `length` pixels; the last tile is moved inwards to end with the side."""
+    return [*range(0, length - tile, stride), length - tile]
+
+
+def share_cells(starts: list[int], args, length: int) -> torch.Tensor:
+    """Weights [cells, tiles] by which cells along a side average the tiles over them: by the pixels that both have."""
+    first, cells = torch.tensor(starts), torch.arange(0, length, args.stride)[:, None]
+    pixels = (torch.minimum(first + args.tile, cells + args.stride) - torch.maximum(first, cells)).clamp(min=0).double()
+    return pixels / pixels.sum(1, keepdim=True)
+
+
+def measure_shares(winner: torch.Tensor, count: int, stride: int, scene: Image.Image) -> list[float]:
+    """Percent of the scene's pixels that each of `count` indices has in winner [rows, columns]; the last cells may be cut."""
+    width, height = ((length - torch.arange(0, length, stride)).clamp(max=stride).double() for length in scene.size)
+    pixels = torch.bincount(winner.flatten(), torch.outer(height, width).flatten(), count)
+    return (100 * pixels / pixels.sum()).tolist()
+
+
+def pick_colour(index: int) -> tuple[int, int, int]:
+    """The colour of a class: from COLOURS; beyond them, hues a golden angle apart, in three strengths in turn."""
+    if index < len(COLOURS):
+        return tuple(bytes.fromhex(COLOURS[index]))
+    rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, (1, 0.5)[index % 2], (1, 0.75, 0.5)[index % 3])
+    return tuple(round(255 * part) for part in rgb)
+
+
+def draw_map(scene: Image.Image, winner: torch.Tensor, cell: float, names: list[str], shares: list[float]) -> Image.Image:
+    """The scene in grey under the colours of winner [rows, columns] in cells of `cell` pixels; right of it, the legend.
+
+    The picture's upper left part is the scene, pixel for pixel, so a world file that fits the one fits the other.
+    """
+    grey, colours = (128, 128, 128), [*map(pick_colour, range(len(names) - 1)), (128, 128, 128)]
+    paint = Image.frombytes("RGB", winner.shape[::-1], b"".join(bytes(colours[index]) for index in winner.flatten().tolist()))
+    paint = paint.transform(scene.size, Image.Transform.AFFINE, (1 / cell, 0, 0, 0, 1 / cell, 0))
+    picture = Image.blend(scene.convert("L").convert("RGB"), paint, TINT)
+    font = ImageFont.load_default(max(12, max(picture.size) // 60))
+    line = 2 * round(font.size * 0.75)
+    present = sorted((index for index in range(len(names)) if shares[index]), key=lambda index: -shares[index])
+    texts = [f"{names[index]}  {shares[index]:.1f} %" for index in present[:LEGEND_ROWS]]
+    if others := present[LEGEND_ROWS:]:
+        texts.append(f"{len(others)} more  {sum(shares[index] for index in others):.1f} %")
+    width = round(max(map(font.getlength, texts))) + 3 * line
+    canvas = Image.new("RGB", (picture.width + width, max(picture.height, line * (len(texts) + 1))), "white")
+    canvas.paste(picture)
+    draw = ImageDraw.Draw(canvas)
+    for number, text in enumerate(texts):
+        x, y = picture.width + line // 2, round((number + 0.5) * line)
+        if number < LEGEND_ROWS:  # the colour as it is over a middle grey
+            tint = tuple(round(TINT * a + (1 - TINT) * b) for a, b in zip(colours[present[number]], grey))
+            draw.rectangle((x, y + line // 8, x + line, y + line * 7 // 8), fill=tint)
+        draw.text((x + line * 3 // 2, y + line / 2), text, "black", font, anchor="lm")
+    return canvas
+
+
+def read_world_file(scene: Path) -> list[float] | None:
+    """The six numbers of the world file beside a scene, that of its own format before others; None where there is none.
+
+    In the file's order: x and y per column, x and y per row (A, D, B, E), x and y of the centre of the first pixel (C, F).
+    """
+    own = f".{scene.suffix[1:2]}{scene.suffix[-1:]}w".lower()
+    found = [file for file in scene.parent.iterdir() if file.stem == scene.stem and file.suffix.lower() in WORLD_FILES]
+    for file in sorted(found, key=lambda file: (file.suffix.lower() != own, file.name)):
+        try:
+            world = [float(text) for text in file.read_text(encoding="ascii").split()]
+        except ValueError:
+            world = []
+        if len(world) != 6 or not all(map(math.isfinite, world)):
+            raise UserError(f"{file} is no world file: it should hold six numbers, one a line")
+        return world
+
+
+def write_world_file(path: Path, world: list[float] | None, factor: int):
+    """Write the world file of a map whose pixels are `factor` scene pixels wide; without one, remove that of an earlier map."""
+    if not world:
+        return path.unlink(missing_ok=True)
+    a, d, b, e, x, y = world
+    middle = (factor - 1) / 2  # of a map pixel, in scene pixels from the centre of its first
+    with replacing(path) as file:
+        file.writelines(f"{value!r}\n" for value in (a * factor, d * factor, b * factor, e * factor,
+                                                     x + middle * (a + b), y + middle * (d + e)))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def main(argv=None):
         history, best = run["history"], run["best"]
         fold_standardisation(head, best["weights"], model.get_submodule(find_head(model, len(classes))))
         write_history(args.out / "history.csv", history)
-        save_model(args, model, model_kwargs, classes, preprocessing, best, config)
+        save_model(args, frozen, model_kwargs, classes, best, config)
         save_last(args, settings, finished=True)
     print(json.dumps({"model": str(args.out / "model.pt"), "history": str(args.out / "history.csv"), "arch": args.arch,
                       "epochs": len(history), "best_epoch": best["row"]["epoch"],
@@ -937,13 +937,15 @@ def write_torch(path: Path, content: dict):
         file.write(buffer.getbuffer())
 
 
-def save_model(args, model, model_kwargs: dict, classes: list[str], preprocessing: dict, best: dict, config: dict):
+def save_model(args, frozen: FrozenModel, model_kwargs: dict, classes: list[str], best: dict, config: dict):
     """Write OUT/model.pt, the finished model, with everything that evaluate.py and predict.py need."""
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[frozen.dtype]
     write_torch(args.out / "model.pt", {
         "format": CHECKPOINT_FORMAT, "version": FORMAT_VERSION, "arch": args.arch, "model_kwargs": model_kwargs,
-        "classes": classes, "preprocessing": preprocessing, "temperature": best["temperature"], "views": VIEWS[args.augment],
-        "state_dict": {key: value.cpu() for key, value in model.state_dict().items()},
-        "metrics": best["row"], "args": plain_arguments(args) | config,
+        "classes": classes, "preprocessing": frozen.preprocessing, "temperature": best["temperature"],
+        "views": VIEWS[args.augment], "metrics": best["row"],
+        "state_dict": {key: value.cpu() for key, value in frozen.model.state_dict().items()},
+        "args": plain_arguments(args) | config | {"precision": precision},
         "versions": {"python": platform.python_version(), **library_versions()}})
 
 

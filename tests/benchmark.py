@@ -4,6 +4,8 @@
     python tests/benchmark.py cache --data data/eurosat --arch mobilenet_v2
     python tests/benchmark.py compare --data data/eurosat100 --arch resnet50
     python tests/benchmark.py fewshot --data data/eurosat --arch resnet50
+    python tests/benchmark.py predict --data data/eurosat --arch resnet50
+    python tests/benchmark.py mosaic --data data/eurosat --checkpoint runs/eurosat/model.pt
 
 `pass` measures in turn, several rounds: a matrix product, the frozen backbone on images in memory, the network as a notebook
 runs it (fp32, NCHW, batches of 64, BatchNorm not folded), and train.py's pass from files to features; medians and ratios.
@@ -11,9 +13,14 @@ runs it (fp32, NCHW, batches of 64, BatchNorm not folded), and train.py's pass f
 `compare` runs, in turn: the notebook way (`notebook`, below), train.py with an empty cache, train.py again.
 `fewshot` trains on 10, 50 and 100 images of each class of train, without val, and tells the accuracy on all of test: mean and
 deviation over five draws of images.
+`predict` measures predict.py in pairs: from image files to records against the bare forward on images in memory; and one image,
+start to end, against a Python that imports torch and torchvision, plus one forward.
+`mosaic` lays out 16 x 12 test tiles as a scene of regions, has predict.py map it, and compares the map with the truth.
 """
 import argparse
+import contextlib
 import csv
+import random
 import shutil
 import statistics
 import subprocess
@@ -29,11 +36,13 @@ sys.path.insert(0, str(ROOT))
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pass", "cache", "compare", "notebook", "fewshot"))
+    parser.add_argument("what", choices=("pass", "cache", "compare", "notebook", "fewshot", "predict", "mosaic"))
     parser.add_argument("--data", type=Path, default=Path("data/eurosat"))
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--weights", default="none", help="a torchvision state dict, or none: speed does not depend on it")
-    parser.add_argument("--images", type=int, default=256, help="pass: images per round")
+    parser.add_argument("--images", type=int, default=256, help="pass, predict: images per round")
+    parser.add_argument("--checkpoint", type=Path, help="mosaic: the model.pt to map it with")
+    parser.add_argument("--out", type=Path, default=Path("mosaic"), help="mosaic: folder for the scene and its map")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--device", help="as in train.py")
@@ -217,6 +226,72 @@ def cache(args):
         print(f"an epoch of the head: {statistics.median(seconds):.2f} s (median)")
 
 
+def measure_predict(args):
+    import torch
+    import torchvision
+
+    import predict
+    from common import VIEWS, FrozenModel, find_images, pick_device, read_checkpoint
+    device = pick_device(args.device)
+    paths = list(find_images(args.data / "test"))
+    paths = paths[::max(1, len(paths) // args.images)][:args.images]
+    options = SimpleNamespace(explain=False, plot=None, format="csv", top_k=1, min_confidence=0)
+    with tempfile.TemporaryDirectory() as folder:
+        model = torchvision.models.get_model(args.arch, num_classes=10)
+        preprocessing = {"size": 224, "interpolation": "bilinear", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+        torch.save({"format": "image classifier", "version": 1, "arch": args.arch, "model_kwargs": {"num_classes": 10},
+                    "classes": [f"class {number}" for number in range(10)], "preprocessing": preprocessing,
+                    "state_dict": model.state_dict(), "temperature": 1.0, "metrics": {}}, f"{folder}/model.pt")
+        checkpoint, model = read_checkpoint(f"{folder}/model.pt")
+        frozen = FrozenModel(model, preprocessing, 10, device, args.precision)
+        images = torch.randn(frozen.batch_size, 3, 224, 224, device=device, dtype=frozen.dtype)
+        images = images.to(memory_format=torch.channels_last)
+        batches = max(1, len(paths) // frozen.batch_size)
+
+        def forward(images, times=1):
+            with torch.inference_mode():
+                for _ in range(times):
+                    frozen.backbone(images)
+
+        def records():
+            with open(f"{folder}/records.csv", "w") as file, contextlib.redirect_stdout(file):
+                batches = predict.classify(frozen, checkpoint, VIEWS["none"], None, paths)
+                predict.list_classes(batches, checkpoint["classes"], frozen, options)
+        command = [ROOT / "predict.py", "--checkpoint", f"{folder}/model.pt", paths[0], "--precision", args.precision,
+                   *(["--device", args.device] if args.device else [])]
+        forward(images), records(), timed(command)
+        for number in range(args.rounds):
+            bare = batches * frozen.batch_size / seconds(lambda: forward(images, batches), device)
+            rate = len(paths) / seconds(records, device)
+            least = timed(["-c", "import torch, torchvision"]) + seconds(lambda: forward(images[:1]), device)
+            whole = timed(command)
+            print(f"round {number + 1}  bare {bare:7.1f} img/s, records {rate:7.1f} img/s: {rate / bare:.2f}    imports and forward "
+                  f"{least:.2f} s, one image {whole:.2f} s: {whole / least:.2f}", flush=True)
+
+
+def mosaic(args):
+    from PIL import Image
+    rng, columns, rows, tile = random.Random(0), 16, 12, 64
+    classes = {path.name: sorted(path.iterdir()) for path in sorted((args.data / "test").iterdir())}
+    centres = [(rng.uniform(0, columns), rng.uniform(0, rows), name) for name in [*classes] * 2]
+    truth, scene = {}, Image.new("RGB", (columns * tile, rows * tile))
+    for row in range(rows):
+        for column in range(columns):
+            *_, name = min(centres, key=lambda centre: (centre[0] - column) ** 2 + (centre[1] - row) ** 2)
+            truth[row, column] = name
+            scene.paste(Image.open(rng.choice(classes[name])), (column * tile, row * tile))
+    args.out.mkdir(parents=True, exist_ok=True)
+    scene.save(args.out / "scene.png")
+    for stride in (tile, tile // 2):
+        timed([ROOT / "predict.py", "--checkpoint", args.checkpoint, "--scene", args.out / "scene.png", "--tile", tile,
+               "--stride", stride, "--out", args.out / f"stride{stride}"])
+        with open(args.out / f"stride{stride}" / "map.csv", newline="") as file:
+            hits = [row["class"] == truth[int(row["row"]) * stride // tile, int(row["column"]) * stride // tile]
+                    for row in csv.DictReader(file)]
+        print(f"--stride {stride}: {sum(hits)} of {len(hits)} cells right, {sum(hits) / len(hits):.3f}")
+
+
 if __name__ == "__main__":
     arguments = parse_args()
-    {"pass": measure_pass, "cache": cache, "compare": compare, "notebook": notebook, "fewshot": fewshot}[arguments.what](arguments)
+    {"pass": measure_pass, "cache": cache, "compare": compare, "notebook": notebook, "fewshot": fewshot,
+     "predict": measure_predict, "mosaic": mosaic}[arguments.what](arguments)
