@@ -40,6 +40,7 @@ SPLITS = ("train", "val", "test")
 VIEWS = {"none": [(0, False)], "flip": [(0, False), (0, True)],
          "dihedral": [(turns, mirrored) for mirrored in (False, True) for turns in range(4)]}
 TTA_HELP = "average the probabilities of the views that the model was trained with (test-time augmentation); a pass for each"
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of the processes that torchrun started
 CHECKPOINT_FORMAT, RUN_FORMAT, FORMAT_VERSION = "image classifier", "training run", 1
 
 
@@ -175,7 +176,12 @@ for _type, _name in ((positive_int, "whole number"), (positive_float, "number"),
 
 
 def log(message: str, stamp: bool = True, end: str = "\n"):
-    """Tell people, on stderr; with the time of day where stderr is a file or a pipe, such as cron's mail."""
+    """Tell people, on stderr; with the time of day where stderr is a file or a pipe, such as cron's mail.
+
+    Of several processes the first one tells; only errors, which have no stamp, come from all.
+    """
+    if RANK and stamp:
+        return
     prefix = time.strftime("%Y-%m-%d %H:%M:%S ") if stamp and not sys.stderr.isatty() else ""
     try:
         print(f"{prefix}{message}", end=end, file=sys.stderr, flush=True)
@@ -371,6 +377,11 @@ def preprocess(image: Image.Image, size: int, interpolation: str) -> torch.Tenso
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     pixels = functional.pil_to_tensor(image.crop((left, top, left + side, top + side)))
+    return resize(pixels, size, interpolation)
+
+
+def resize(pixels: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
+    """uint8 pixels [..., 3, s, s] -> [..., 3, size, size]."""
     return functional.resize(pixels, [size, size], functional.InterpolationMode(interpolation), antialias=True)
 
 
@@ -414,6 +425,8 @@ def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | Non
 def pick_device(name: str | None) -> torch.device:
     """The device named, or CUDA, then MPS, then CPU. One that is not there is a UserError, never a fallback."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name in (None, "cuda") and cuda and WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name is None:
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try:
@@ -483,10 +496,8 @@ class FrozenModel:
         Raises UserError where the model cannot take images of this size.
         """
         keep_large_blocks()
-        backbone = copy.deepcopy(self.model).eval().requires_grad_(False)
-        for name in self.cut:
-            backbone.set_submodule(name, torch.nn.Identity())
-        backbone = fold_batchnorm(backbone).to(self.device, self.dtype, memory_format=torch.channels_last)
+        backbone = fold_batchnorm(self.copy_backbone().eval().requires_grad_(False))
+        backbone = backbone.to(self.device, self.dtype, memory_format=torch.channels_last)
         size = self.preprocessing["size"]
         images = torch.zeros(self.batch_size, 3, size, size, device=self.device, dtype=self.dtype)
         images = images.to(memory_format=torch.channels_last)
@@ -506,6 +517,23 @@ class FrozenModel:
                     raise UserError(f"--compile does not work here, run without it: {one_line(error)[:200]}") from None
         return backbone
 
+    def copy_backbone(self) -> torch.nn.Module:
+        """A copy of the model, on its device, with nothing in the place of the head and of what stands behind it."""
+        backbone = copy.deepcopy(self.model)
+        for name in self.cut:
+            backbone.set_submodule(name, torch.nn.Identity())
+        return backbone
+
+    def update(self, backbone_weights: dict):
+        """Take new weights for the model's backbone, under the model's own names."""
+        self.model.load_state_dict(backbone_weights, strict=False)
+        self.__dict__.pop("backbone", None)  # to be made anew
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 pixels [B, 3, S, S] on any device -> float32 images on this model's device."""
+        pixels = pixels.pin_memory() if self.device.type == "cuda" and pixels.device.type == "cpu" else pixels
+        return pixels.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [B, 3, S, S] on any device -> float32 features [B, D] on this model's device.
 
@@ -523,9 +551,8 @@ class FrozenModel:
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels  # bytes over the bus, and not waited for
-            images = pixels.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)  # plane by plane, then
-            images = images.to(self.dtype).contiguous(memory_format=torch.channels_last)  # mixed: half the time of mixed first
+            images = self.normalise(pixels).to(self.dtype)  # plane by plane, and then mixed: half the time of mixed first
+            images = images.contiguous(memory_format=torch.channels_last)
             if self.compiled and len(images) < self.batch_size:  # compiled for one shape: a short batch is filled up
                 images = torch.cat([images, images[:1].expand(self.batch_size - len(images), -1, -1, -1)])
             return self.backbone(images)[:len(pixels)].float()

@@ -2,7 +2,8 @@
 
 Reads DATA/train/<class>/*, and DATA/val and DATA/test where they are, and writes OUT/model.pt, OUT/last.pt and
 OUT/history.csv. The frozen network sees each image once; the classifier is then trained on the remembered features.
-The best epoch is chosen on val, test is only ever reported. The last line on stdout is one JSON object.
+With --finetune the network learns too, from there on. The best epoch is chosen on val, test is only ever reported.
+The last line on stdout is one JSON object. Several processes: torchrun --nproc-per-node N train.py ...
 """
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ import contextlib
 import copy
 import csv
 import ctypes
+import datetime
 import difflib
+import functools
 import hashlib
 import http.client
 import io
@@ -24,16 +27,19 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL
 
-from common import (CHECKPOINT_FORMAT, FORMAT_VERSION, RUN_FORMAT, SPLITS, VIEWS, FrozenModel, ImageError, Progress, UserError,
-                    add_hardware_options, build_model, class_folders, command, file_hash, find_head, fraction, is_checkpoint,
-                    load_weights, locked, log, make_parser, not_negative, one_line, pick_device, positive_float, positive_int,
-                    read_batches, read_checkpoint, read_split, read_torch_file, reader_threads, replacing, seed_number, torch,
-                    torchvision, turn)
+from common import (CHECKPOINT_FORMAT, FORMAT_VERSION, RANK, RUN_FORMAT, SPLITS, VIEWS, WORLD, FrozenModel, ImageError,
+                    LazyModule, Progress, UserError, add_hardware_options, build_model, class_folders, command, file_hash,
+                    find_head, fraction, is_checkpoint, load_weights, locked, log, make_parser, not_negative, one_line,
+                    pick_device, positive_float, positive_int, read_batches, read_checkpoint, read_image, read_split,
+                    read_torch_file, reader_threads, replacing, resize, seed_number, torch, torchvision, turn)
 
+v2 = LazyModule("torchvision.transforms.v2")
 IMBALANCED = 5  # the largest class has so many times the images of the smallest: worth a warning
 MEMORY_SHARE = 1 / 3  # of the machine's memory that features may take before they are mapped from disk
 HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")), "seconds"]
@@ -59,12 +65,19 @@ def parse_args(argv):
     group.add_argument("--image-size", type=positive_int, metavar="PIXELS",
                        help="side that images are resized to (default: as the weights were trained)")
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive_int, default=5, metavar="N", help="passes over the training features")
+    group.add_argument("--finetune", choices=("head", "last", "all"), default="head",
+                       help="what learns: the new classifier alone; with the network's last stage; or with all of the network. "
+                            "The classifier learns alone first (Kumar et al., Fine-tuning can distort pretrained features, "
+                            "ICLR 2022). BatchNorm keeps its pre-trained statistics, and learns scale and shift")
+    group.add_argument("--epochs", type=positive_int, default=5, metavar="N",
+                       help="passes over the training images; with --finetune last or all, those after the first step")
     group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images per step of the optimizer")
     group.add_argument("--optimizer", choices=("adam", "adamw"), default="adam",
                        help="adamw takes the weight decay out of the gradient")
     group.add_argument("--lr", type=positive_float, default=1e-3, metavar="RATE",
                        help="learning rate at its highest; it falls to 0 along a cosine")
+    group.add_argument("--backbone-lr", type=positive_float, default=1e-4, metavar="RATE",
+                       help="the same for what learns of the network")
     group.add_argument("--warmup", type=not_negative, default=0, metavar="EPOCHS",
                        help="epochs over which the learning rate rises first")
     group.add_argument("--weight-decay", type=not_negative, default=0, metavar="X", help="of weights; biases are spared")
@@ -72,9 +85,13 @@ def parse_args(argv):
                        help="share of each label that is spread over all classes")
     group.add_argument("--class-weights", choices=("balanced",),
                        help="balanced: in the loss every class counts the same, however many images it has")
-    group.add_argument("--augment", choices=VIEWS, default="none",
+    group.add_argument("--augment", choices=(*VIEWS, "strong"), nargs="+", default=["none"],
                        help="views of each training image, one drawn at random per epoch: flip adds the mirror image (for "
-                            "photographs), dihedral all eight flips and quarter turns (for images from above)")
+                            "photographs), dihedral all eight flips and quarter turns (for images from above). strong, which "
+                            "needs a network that learns, adds TrivialAugmentWide, random erasing and CutMix or MixUp to flip, "
+                            "or to the views named beside it")
+    group.add_argument("--clip-norm", type=positive_float, default=1.0, metavar="NORM",
+                       help="bound on the norm of the gradient when the network learns")
     group.add_argument("--patience", type=positive_int, metavar="N",
                        help="stop after N epochs without a better one on val")
     group.add_argument("--max-minutes", type=positive_float, default=math.inf, metavar="M",
@@ -100,6 +117,16 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.resume and args.restart:
         parser.error("--resume and --restart exclude each other")
+    args.strong = "strong" in args.augment
+    views = set(args.augment) - {"strong"} or {"flip"}
+    if len(views) > 1:
+        parser.error(f"--augment {' '.join(args.augment)}: choose one of {', '.join(VIEWS)}, and strong with it or not")
+    args.augment = views.pop()
+    if args.finetune == "head" and args.strong:
+        parser.error("--augment strong needs a network that learns: --finetune last or all. The features of a frozen one are "
+                     "computed once for each of a few views")
+    if args.finetune != "head" and (args.tune or args.seeds > 1):
+        parser.error("--tune and --seeds are for a frozen network, --finetune head")
     args.out = args.out or Path("runs") / args.data.resolve().name
     return args
 
@@ -118,37 +145,90 @@ def main(argv=None):
     if args.list_archs:
         print("\n".join(architectures()))
         return
-    device = pick_device(args.device)
-    classes, splits = read_tree(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with locked(args.out / ".lock"):
-        unfinished = read_unfinished(args)
-        model, preprocessing, model_kwargs = load_pretrained(args, len(classes))
-        frozen = FrozenModel(model, preprocessing, len(classes), device, args.precision, args.compile)
-        key = feature_key(model, model_kwargs, frozen, args.arch)
-        files = {split: hash_files(paths, args.workers) for split, (paths, _) in splits.items()}
-        settings = run_settings(args, classes, splits, files, key)
-        if unfinished:
-            check_resumable(args, unfinished, settings)
-        data = extract_features(frozen, splits, files, key, args)
-        head = standardised_head(frozen, data["train"][0])
+    device = join_processes(pick_device(args.device))
+    with contextlib.ExitStack() as lock:
+        job = share(lambda: prepare(args, lock))
+        frozen = FrozenModel(job.model, job.preprocessing, len(job.classes), device, args.precision, args.compile)
+        key = feature_key(job.model, job.model_kwargs, frozen, args.arch)
+        settings = run_settings(args, job, key)
+        if job.unfinished:
+            check_resumable(args, job.unfinished, settings)
+        data = extract_features(frozen, job, key, args)
         deadline = start + 60 * args.max_minutes
-        config = unfinished["config"] if unfinished else tune(head, data, args, deadline) if args.tune else plain_config(args)
-        runs = train_heads(head, data, config, args, settings, deadline, unfinished)
+        if args.finetune == "head":
+            if RANK:
+                return  # one process is enough for a head
+            head = standardised_head(frozen, data["train"][0])
+            config, runs = train_heads(head, data, args, settings, deadline, job.unfinished)
+        else:
+            head = share(lambda: train_first_head(frozen, data, args))
+            config, runs = finetune(frozen, head, job, args, settings, deadline)
+            if RANK:
+                return
         run = max(runs, key=lambda run: score(run["best"]))
-        history, best = run["history"], run["best"]
-        fold_standardisation(head, best["weights"], model.get_submodule(find_head(model, len(classes))))
-        write_history(args.out / "history.csv", history)
-        save_model(args, frozen, model_kwargs, classes, best, config)
+        head.load_state_dict(run["best"]["weights"])
+        fold_standardisation(head, frozen.model.get_submodule(frozen.cut[0]))
+        write_history(args.out / "history.csv", run["history"])
+        save_model(args, frozen, job, run["best"], config)
         save_last(args, settings, finished=True)
+    row = run["best"]["row"]
     print(json.dumps({"model": str(args.out / "model.pt"), "history": str(args.out / "history.csv"), "arch": args.arch,
-                      "epochs": len(history), "best_epoch": best["row"]["epoch"],
-                      **{f"{split}_acc": best["row"][f"{split}_acc"] for split in SPLITS}, **spread(runs),
-                      **({"tuned": config} if args.tune else {}),
-                      "seconds": round(time.monotonic() - start, 1)}))
+                      "epochs": len(run["history"]), "best_epoch": row["epoch"],
+                      **{f"{split}_acc": row[f"{split}_acc"] for split in SPLITS}, **spread(runs),
+                      **({"tuned": config} if args.tune else {}), "seconds": round(time.monotonic() - start, 1)}))
+
+
+# ---------------------------------------------------------------- several processes
+
+def join_processes(device: torch.device) -> torch.device:
+    """Find the other processes that torchrun started, if it did."""
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(days=7))  # the others wait while the first one works
+        atexit.register(torch.distributed.destroy_process_group)
+    return device
+
+
+def share(make):
+    """What make() returns in the first process, in all of them. Where it fails, the others end without a word."""
+    if WORLD == 1:
+        return make()
+    box, error = [None, None], None
+    if RANK == 0:
+        try:
+            box[0] = make()
+        except Exception as raised:
+            box[1], error = getattr(raised, "exit_code", 1), raised
+    torch.distributed.broadcast_object_list(box)
+    if error:
+        raise error
+    if box[1]:
+        sys.exit(box[1])
+    return box[0]
+
+
+def gather(items: list) -> list:
+    """The items of all processes, in all of them."""
+    parts = [None] * WORLD
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
 
 
 # ---------------------------------------------------------------- what to train on, where to write
+
+def prepare(args, lock: contextlib.ExitStack) -> SimpleNamespace:
+    """Read the tree and the pre-trained model, and take hold of OUT: all that does not depend on the processor."""
+    classes, splits = read_tree(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock.enter_context(locked(args.out / ".lock"))
+    unfinished = read_unfinished(args)
+    model, preprocessing, model_kwargs = load_pretrained(args, len(classes))
+    files = {split: hash_files(paths, args.workers) for split, (paths, _) in splits.items()}
+    return SimpleNamespace(classes=classes, splits=splits, files=files, unfinished=unfinished, model=model,
+                           preprocessing=preprocessing, model_kwargs=model_kwargs)
+
 
 def read_tree(args):
     """(classes, {split: (paths, targets)}) of an ImageFolder tree; the classes are those of train/."""
@@ -206,14 +286,14 @@ def check_resumable(args, state: dict, settings: dict):
         raise UserError(f"cannot resume {args.out}, for something differs: {'; '.join(different)}; discard it with --restart")
 
 
-def run_settings(args, classes: list[str], splits: dict, files: dict, key: dict) -> dict:
+def run_settings(args, job: SimpleNamespace, key: dict) -> dict:
     """All that shapes the result, as plain values: arguments, classes, digests of the images and of what features depend on."""
     without = ("resume", "restart", "list_archs", "out", "workers", "cache", "no_cache", "cache_limit", "compile",
                "max_minutes")
     values = {name: value for name, value in plain_arguments(args).items() if name not in without}
-    images = [(split, target, sha256) for split, (_, targets) in splits.items()
-              for target, (sha256, _) in zip(targets.tolist(), files[split])]
-    return values | {"classes": classes, "images": digest_of(images), "network and libraries": digest_of(key)}
+    images = [(split, target, sha256) for split, (_, targets) in job.splits.items()
+              for target, (sha256, _) in zip(targets.tolist(), job.files[split])]
+    return values | {"classes": job.classes, "images": digest_of(images), "network and libraries": digest_of(key)}
 
 
 def plain_arguments(args) -> dict:
@@ -346,40 +426,67 @@ def initialise(layer: torch.nn.Module, seed: int):
 
 # ---------------------------------------------------------------- features, once per image and view
 
-def extract_features(frozen: FrozenModel, splits: dict, files: dict, key: dict, args) -> dict:
+def extract_features(frozen: FrozenModel, job: SimpleNamespace, key: dict, args) -> dict:
     """The frozen backbone's features of every image: {split: (features [views, N, D], targets [N])}, on its device if they fit.
 
     The train split has a row for each view of --augment, the others one for the image as it is. What the cache knows is
-    read, the rest goes through the backbone, once. `files` has what `hash_files` knows of each split. Raises ImageError
-    at the first image that cannot be read.
+    read, the rest goes through the backbone, once. Several processes share the work, and the first has the result.
+    Raises ImageError at the first image that cannot be read.
     """
-    views = {split: VIEWS[args.augment if split == "train" else "none"] for split in splits}
-    shapes = {split: (len(views[split]), len(targets), frozen.width) for split, (_, targets) in splits.items()}
+    views = {split: VIEWS["none"] for split in job.splits}
+    if args.finetune == "head":
+        views["train"] = VIEWS[args.augment]
+    shapes = {split: (len(views[split]), len(targets), frozen.width) for split, (_, targets) in job.splits.items()}
     mapped = sum(map(math.prod, shapes.values())) * frozen.dtype.itemsize > usable_memory()
-    stores = {view: FeatureStore(None if args.no_cache else args.cache, {**key, "view": view}) for view in views["train"]}
+    remember = not args.no_cache and RANK == 0
+    stores = {view: FeatureStore(args.cache if remember else None, {**key, "view": view}) for view in views["train"]}
     data, todo = {}, []
-    for split, (paths, targets) in splits.items():
+    for split, (_, targets) in job.splits.items() if RANK == 0 else ():
         data[split] = allocate(shapes[split], frozen.dtype, args.out if mapped else None), targets
         missing = {}  # row -> the (number, view) pairs that have to be computed
         for number, view in enumerate(views[split]):
-            for row in stores[view].fill([sha256 for sha256, _ in files[split]], data[split][0][number]):
+            for row in stores[view].fill([sha256 for sha256, _ in job.files[split]], data[split][0][number]):
                 missing.setdefault(row, []).append((number, view))
-        todo += [(split, row, files[split][row], missing[row]) for row in sorted(missing)]
+        todo += [(split, row, missing[row]) for row in sorted(missing)]
     count = sum(len(numbered) for *_, numbered in todo)
     if known := sum(len(features) * len(targets) for features, targets in data.values()) - count:
         log(f"features: {known} remembered in {args.cache}, {count} to compute")
-    waiting = iter(todo)
+    todo = share(lambda: todo)
+    block = len(todo) if WORLD == 1 else 4096  # after which the first process gets and remembers what the others have
     try:
         with Progress("features", count) as progress:
-            paths = (splits[split][0][row] for split, row, *_ in todo)
-            for batch in read_batches(paths, frozen.preprocessing, frozen.batch_size, args.workers):
-                compute_batch(frozen, [(path, pixels, *next(waiting)) for path, pixels in batch], data, stores, progress)
+            for first in range(0, len(todo), max(1, block)):
+                results = compute_features(frozen, job, todo[first:first + block][RANK::WORLD], args)
+                for view, places, features in results if WORLD == 1 else gather(list(results)):
+                    progress.update(len(places))
+                    if RANK == 0:
+                        for (split, number, row, _), feature in zip(places, features):
+                            data[split][0][number, row] = feature
+                        stores[view].add([sha256 for *_, sha256 in places], features)
     finally:  # a pass that is stopped goes on from here
         for store in stores.values():
             store.flush()
-    if not args.no_cache:
+    if remember:
         prune_cache(args.cache, args.cache_limit * 1e9)
     return {split: place(features, targets, frozen.device) for split, (features, targets) in data.items()}
+
+
+def compute_features(frozen: FrozenModel, job: SimpleNamespace, todo: list, args):
+    """Run (split, row, [(number, view), ...]) through the backbone: yields (view, [(split, number, row, sha256)], features)."""
+    waiting, paths = iter(todo), (job.splits[split][0][row] for split, row, _ in todo)
+    for batch in read_batches(paths, frozen.preprocessing, frozen.batch_size, args.workers):
+        chosen = {}  # view -> the (pixels, place) pairs of this batch
+        for (path, pixels), (split, row, numbered) in zip(batch, waiting):
+            if isinstance(pixels, ImageError):
+                raise pixels
+            sha256, stamp = job.files[split][row]
+            if file_stamp(path) != stamp:
+                raise ImageError(path, "it has changed since the run began; start again")
+            for number, view in numbered:
+                chosen.setdefault(view, []).append((pixels, (split, number, row, sha256)))
+        for view, pairs in chosen.items():
+            features = frozen.features(turn(torch.stack([pixels for pixels, _ in pairs]), *view))
+            yield view, [place for _, place in pairs], features.to("cpu", frozen.dtype)
 
 
 def feature_key(model: torch.nn.Module, model_kwargs: dict, frozen: FrozenModel, arch: str) -> dict:
@@ -388,24 +495,6 @@ def feature_key(model: torch.nn.Module, model_kwargs: dict, frozen: FrozenModel,
             "model": {key: value for key, value in model_kwargs.items() if key != "num_classes"},
             "preprocessing": frozen.preprocessing, "precision": str(frozen.dtype), "device": frozen.device.type,
             "machine": platform.machine(), "libraries": library_versions()}
-
-
-def compute_batch(frozen: FrozenModel, batch: list, data: dict, stores: dict, progress: Progress):
-    """Run a batch of (path, pixels, split, row, (sha256, stamp), [(number, view)]) through the backbone, into data, stores."""
-    for path, pixels, _, _, (_, stamp), _ in batch:
-        if isinstance(pixels, ImageError):
-            raise pixels
-        if file_stamp(path) != stamp:
-            raise ImageError(path, "it has changed since the run began; start again")
-    for view, store in stores.items():
-        chosen = [(*item, number) for *item, numbered in batch for number, wanted in numbered if wanted == view]
-        if chosen:
-            pixels = torch.stack([pixels for _, pixels, *_ in chosen])
-            features = frozen.features(turn(pixels, *view)).to("cpu", frozen.dtype)
-            for feature, (_, _, split, row, _, number) in zip(features, chosen):
-                data[split][0][number, row] = feature
-            store.add([sha256 for *_, (sha256, _), _ in chosen], features)
-            progress.update(len(chosen))
 
 
 def hash_files(paths: list[str], workers: int | None) -> list[tuple[str, tuple]]:
@@ -598,9 +687,8 @@ def chunk_rows(features: torch.Tensor) -> int:
     return max(1, min(4096, (16 << 20) // features.shape[-1]))
 
 
-def fold_standardisation(head: torch.nn.Sequential, trained: dict, target: torch.nn.Module):
-    """Load `trained` into the head, then multiply the standardisation into the plain classifier `target`: the same function."""
-    head.load_state_dict(trained)
+def fold_standardisation(head: torch.nn.Sequential, target: torch.nn.Module):
+    """Multiply the head's standardisation into the plain classifier `target`, which then is the same function."""
     mean, var, weight, bias = (tensor if tensor is None else tensor.detach().cpu().double() for tensor in
                                (head[1].running_mean, head[1].running_var, head[2].weight, head[2].bias))
     weight = weight / var.sqrt().view(1, -1, *[1] * (weight.dim() - 2))
@@ -612,6 +700,7 @@ def fold_standardisation(head: torch.nn.Sequential, trained: dict, target: torch
 
 class Heads:
     """Heads that learn side by side from the same batches of features, as one wide layer: 64 cost little more than one."""
+    spread_out, clip_norm = False, None  # a head learns in one process
 
     def __init__(self, head: torch.nn.Sequential, data: dict, args, seed: int, count: int = 1):
         self.heads = [copy.deepcopy(head) for _ in range(count)]
@@ -624,13 +713,13 @@ class Heads:
                 for group in parameter_groups(head.parameters(), config["lr"], config)]
 
     def batches(self, epoch: int):
-        """Yield (features [B, D], class indices [B]) in an order, and of views, that depend on the seed and the epoch alone."""
+        """Yield (features [B, D], class indices [B], 1) in an order, and of views, that seed and epoch alone decide."""
         features, targets = self.data["train"]
         generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
         order = torch.randperm(len(targets), generator=generator).to(targets.device)
         views = torch.randint(len(features), targets.shape, generator=generator).to(targets.device)
         for rows in order.split(self.batch_size):
-            yield features[views[rows], rows].to(self.device, torch.float32), targets[rows].to(self.device)
+            yield features[views[rows], rows].to(self.device, torch.float32), targets[rows].to(self.device), 1.0
 
     def logits(self, features: torch.Tensor, active: list[int]) -> torch.Tensor:
         """Features [B, D] -> logits [B, A, classes] of the active heads."""
@@ -687,19 +776,23 @@ def fit(learner, configs: list[dict], splits, args, deadline: float = math.inf, 
         start, epoch = time.monotonic(), done + 1
         longest = max((row["seconds"] for run in runs for row in run["history"]), default=0)
         fitting = done + int(max(0, deadline - start) / longest) if longest and deadline < math.inf else math.inf
+        if learner.spread_out:
+            fitting = share(lambda: fitting)  # all processes have to agree
         plans = [min(config["epochs"], fitting) for config in configs]
         active = [index for index, run in enumerate(runs) if done < plans[index] and not out_of_patience(run, args)]
         if not active:
             break
         losses, rates = [], []
-        for step, (inputs, targets) in enumerate(learner.batches(epoch)):
+        for step, (inputs, targets, share_of_step) in enumerate(learner.batches(epoch)):
             for group in optimizer.param_groups:
                 planned = min(group["epochs"], fitting)
                 group["lr"] = group["peak"] * schedule(done + step / learner.steps, planned, args.warmup)
             logits = learner.logits(inputs, active)
             loss = cross_entropies(logits, targets, smoothing[active], weights)
             optimizer.zero_grad()
-            loss.sum().backward()
+            (share_of_step * loss.sum()).backward()
+            if learner.clip_norm:
+                torch.nn.utils.clip_grad_norm_(learner.network.parameters(), learner.clip_norm)
             optimizer.step()
             losses.append(loss.detach())
             rates.append(optimizer.param_groups[-1]["lr"])
@@ -781,6 +874,9 @@ def measure(learner, split: str, active: list[int]) -> list[dict]:
         count += len(targets)
         if split == "val":
             kept.append((logits.cpu(), targets.cpu()))
+    if learner.spread_out and WORLD > 1:  # exact to the image: no process has one of another's
+        parts, kept = gather([(losses, correct, count)]), gather(kept)
+        losses, correct, count = map(sum, zip(*parts))
     results = [{"loss": loss, "acc": acc} for loss, acc in zip((losses / count).tolist(), (correct / count).tolist())]
     if kept:
         logits, targets = (torch.cat(parts) for parts in zip(*kept))
@@ -874,20 +970,13 @@ def plot_tuning(path: Path, rows: list[dict], winner: int):
         figure.savefig(file, format="png", dpi=120)
 
 
-def train_heads(head, data: dict, config: dict, args, settings: dict, deadline: float, state: dict | None):
-    """Train a head with each of --seeds seeds, from last.pt's state if there is one; the run of each, as `fit` returns it.
+def train_heads(head, data: dict, args, settings: dict, deadline: float, state: dict | None) -> tuple[dict, list[dict]]:
+    """Choose the configuration, and train a head with each of --seeds seeds: it, and the run of each as `fit` returns it.
 
-    After each epoch OUT/history.csv and OUT/last.pt are rewritten.
+    `state` is that of an unfinished run's last.pt, which is rewritten, as is history.csv, after each epoch.
     """
+    config = state["config"] if state else tune(head, data, args, deadline) if args.tune else plain_config(args)
     runs = state["runs"] if state else []
-
-    def save(run, state):
-        row = run["history"][-1]
-        log(f"epoch {row['epoch']}/{config['epochs']}  " + "  ".join(
-            f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in data))
-        write_history(args.out / "history.csv", run["history"])
-        save_last(args, settings, finished=False, config=config, runs=runs, **state)
-
     for seed in range(args.seed + len(runs), args.seed + args.seeds):
         if runs and time.monotonic() > deadline:
             log(f"no time is left for seed {seed} and those after it")
@@ -897,9 +986,20 @@ def train_heads(head, data: dict, config: dict, args, settings: dict, deadline: 
         learner = Heads(head, data, args, seed)
         if seed != args.seed:
             initialise(learner.heads[0][2], seed)
-        run, = fit(learner, [config], list(data), args, deadline, state, save)
+        saver = functools.partial(save_epoch, args, settings, config, runs)
+        run, = fit(learner, [config], list(data), args, deadline, state, saver)
         runs, state = [*runs, run], None
-    return runs
+    return config, runs
+
+
+def save_epoch(args, settings: dict, config: dict, runs: list[dict], run: dict, state: dict):
+    """Tell of the last epoch of a run, and write OUT/history.csv and OUT/last.pt; `runs` are finished ones."""
+    row = run["history"][-1]
+    log(f"epoch {row['epoch']}/{config['epochs']}  " + "  ".join(
+        f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in SPLITS
+        if row[f"{split}_loss"] is not None))
+    write_history(args.out / "history.csv", run["history"])
+    save_last(args, settings, finished=False, config=config, runs=runs, **state)
 
 
 def spread(runs: list[dict]) -> dict:
@@ -914,6 +1014,246 @@ def spread(runs: list[dict]) -> dict:
             mean, deviation = result[f"{split}_acc_mean"], result[f"{split}_acc_std"]
             log(f"{split} accuracy over {len(runs)} seeds: {mean:.4f} ± {deviation:.4f}")
     return result
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+FIRST_EPOCHS = 10  # of the head alone, before the network learns too
+TRAIN_SAMPLE = 5000  # images on which the train columns of the history are measured, so that it costs little
+
+
+def train_first_head(frozen: FrozenModel, data: dict, args) -> torch.nn.Sequential:
+    """A head trained on the frozen network's features: where fine-tuning starts."""
+    learner = Heads(standardised_head(frozen, data["train"][0]), data, args, args.seed)
+    config, others = plain_config(args) | {"epochs": FIRST_EPOCHS}, [split for split in data if split != "train"]
+    run, = fit(learner, [config], others, SimpleNamespace(**{**vars(args), "patience": None}))
+    row = run["best"]["row"]
+    log(f"the classifier alone, {FIRST_EPOCHS} epochs: " + "  ".join(
+        f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in others))
+    learner.load(run["best"]["weights"])
+    return learner.heads[0]
+
+
+def finetune(frozen: FrozenModel, head, job: SimpleNamespace, args, settings: dict, deadline: float):
+    """Train the network, or its last stage, with the head: the configuration, and the run as `fit` returns it.
+
+    The best weights are left in `frozen` and, for the head, in the run.
+    """
+    config = plain_config(args) | {"backbone_lr": args.backbone_lr}
+    learner = FineTuning(frozen, head, job, args)
+    save = functools.partial(save_epoch, args, settings, config, []) if RANK == 0 else lambda run, state: None
+    try:
+        run, = fit(learner, [config], list(job.splits), args, deadline, job.unfinished, save)
+    except torch.OutOfMemoryError:
+        advice = f"try --batch-size {args.batch_size // 2}" if args.batch_size > WORLD else "try a smaller --image-size"
+        raise UserError(f"no memory on {frozen.device} for batches of {args.batch_size} images of "
+                        f"{frozen.preprocessing['size']} pixels: {advice}") from None
+    weights = run["best"]["weights"]
+    frozen.update(strip("backbone.", weights))
+    run["best"] |= {"weights": strip("head.", weights)}
+    return config, [run]
+
+
+def strip(prefix: str, weights: dict) -> dict:
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+class FineTuning:
+    """The network and its head, which learn from images. It is measured by the fast path of the frozen model."""
+    spread_out = True  # over all processes
+
+    def __init__(self, frozen: FrozenModel, head: torch.nn.Sequential, job: SimpleNamespace, args):
+        self.frozen, self.device, self.job, self.args = frozen, frozen.device, job, args
+        self.clip_norm, self.classes = args.clip_norm, len(job.classes)
+        self.data = {split: (None, targets) for split, (_, targets) in job.splits.items()}
+        self.steps = math.ceil(len(self.data["train"][1]) / args.batch_size)
+        self.images = Images(job.splits, frozen, args.workers)
+        backbone = frozen.copy_backbone().eval().to(self.device, memory_format=torch.channels_last)
+        backbone.requires_grad_(args.finetune == "all")
+        names = [name for name, _ in backbone.named_modules() if name]
+        if args.finetune == "last":
+            names = find_last_stage(backbone, frozen.preprocessing["size"])
+        stage = [backbone.get_submodule(name) for name in names]
+        for parameter in (parameter for module in stage for parameter in module.parameters(recurse=False)):
+            parameter.requires_grad_(True)
+        self.learning = [m for m in stage if not isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        self.network = torch.nn.Module()
+        self.network.backbone, self.network.head = backbone, head.to(self.device).requires_grad_(True)
+        self.run = self.network
+        self.network.forward = self.forward
+        tell_stage(backbone, names)
+        if WORLD > 1:
+            self.run = torch.nn.parallel.DistributedDataParallel(self.network)
+        if args.compile:
+            self.run = torch.compile(self.run)
+        self.measured = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images [B, 3, S, S] -> logits [B, classes]; the head computes in float32."""
+        with torch.autocast(self.device.type, self.frozen.dtype, enabled=self.frozen.dtype != torch.float32):
+            features = self.network.backbone(images)
+        return self.network.head(features.float())
+
+    def groups(self, configs: list[dict]) -> list[dict]:
+        config, = configs
+        return [*parameter_groups(self.network.backbone.parameters(), config["backbone_lr"], config),
+                *parameter_groups(self.network.head.parameters(), config["lr"], config)]
+
+    def batches(self, epoch: int):
+        """Yield (images [B, 3, S, S], class indices [B] or shares [B, C], this process's share of the step).
+
+        All that is random depends on the seed, the epoch and the process alone.
+        """
+        _, targets = self.data["train"]
+        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(hash((self.args.seed, epoch))))
+        steps = order.tensor_split(self.steps)
+        mine = [rows[RANK::WORLD] for rows in steps]
+        torch.manual_seed(hash((self.args.seed, epoch, RANK)))  # dropout too
+        for module in self.learning:
+            module.training = True  # BatchNorm is not among them
+        self.measured = None
+        for rows, own, pixels in zip(steps, mine, self.images.batches("train", mine)):
+            images, wanted = augment(self.frozen, pixels, targets[own].to(self.device), self.args, self.classes)
+            yield images.contiguous(memory_format=torch.channels_last), wanted, len(own) * WORLD / len(rows)
+
+    def logits(self, images: torch.Tensor, active: list[int]) -> torch.Tensor:
+        return self.run(images)[:, None]
+
+    def split_logits(self, split: str, active: list[int]):
+        """Yield (logits [B, 1, classes], class indices [B]) of this process's share of a split, of train a sample."""
+        if self.measured is None:
+            self.network.eval()
+            self.frozen.update(self.network.backbone.state_dict())
+            self.measured = True
+        _, targets = self.data[split]
+        rows = torch.arange(0, len(targets), math.ceil(len(targets) / TRAIN_SAMPLE) if split == "train" else 1)[RANK::WORLD]
+        chunks = rows.split(self.frozen.batch_size)
+        with torch.no_grad():
+            for rows, pixels in zip(chunks, self.images.batches(split, chunks)):
+                yield self.network.head(self.frozen.features(pixels))[:, None], targets[rows].to(self.device)
+
+    def weights(self, index: int) -> dict:
+        return {key: value.clone() for key, value in self.network.state_dict().items()}
+
+    def load(self, weights: dict):
+        self.network.load_state_dict(weights)
+
+
+def tell_stage(backbone: torch.nn.Module, names: list[str]):
+    """Say what of the network learns: its parts, and how many parameters."""
+    learning = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+    parts = [name for name in names if any(p.requires_grad for p in backbone.get_submodule(name).parameters())
+             and not any(name.startswith(f"{other}.") for other in names)]
+    log(f"fine-tuning {', '.join(parts)}: {learning:,} of the network's {sum(p.numel() for p in backbone.parameters()):,} "
+        "parameters, and the classifier")
+
+
+class Images:
+    """The pixels of all splits: on the device, as bytes at the size of their files, if they fit; else read again each time."""
+
+    def __init__(self, splits: dict, frozen: FrozenModel, workers: int | None):
+        self.splits, self.frozen = splits, frozen
+        self.preprocessing, device = frozen.preprocessing, frozen.device
+        self.workers = workers or (max(1, (os.cpu_count() or 1) // 4) if device.type == "cpu" else None)  # the rest computes
+        self.resident = {}
+        with ThreadPoolExecutor(reader_threads(workers)) as executor:
+            sides = {min(size) for paths, _ in splits.values() for size in executor.map(image_size, paths)}
+        side = min(sides.pop(), self.preprocessing["size"]) if len(sides) == 1 else self.preprocessing["size"]
+        room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else usable_memory()
+        if sum(len(paths) for paths, _ in splits.values()) * 3 * side * side > room:
+            return
+        for split, (paths, _) in splits.items():
+            pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8, device=device)
+            for row, image in enumerate(self.read(paths, self.preprocessing | {"size": side})):
+                pixels[row] = image
+            self.resident[split] = pixels
+
+    def read(self, paths, preprocessing: dict):
+        for batch in read_batches(paths, preprocessing, self.frozen.batch_size, self.workers):
+            for _, pixels in batch:
+                if isinstance(pixels, ImageError):
+                    raise pixels
+                yield pixels
+
+    def batches(self, split: str, chunks: list[torch.Tensor]):
+        """Yield uint8 pixels [B, 3, S, S] for the rows [B] of each chunk."""
+        size, paths = self.preprocessing["size"], self.splits[split][0]
+        if split in self.resident:
+            pixels = self.resident[split]
+            for rows in chunks:
+                yield resize(pixels[rows.to(pixels.device)], size, self.preprocessing["interpolation"])
+        else:
+            stream = self.read((paths[row] for rows in chunks for row in rows.tolist()), self.preprocessing)
+            for rows in chunks:
+                yield torch.stack(list(islice(stream, len(rows)))).to(self.frozen.device, non_blocking=True)
+
+
+def image_size(path) -> tuple[int, int]:
+    """Width and height from a file's header; ImageError for one that has none."""
+    try:
+        with PIL.Image.open(path) as image:
+            return image.size
+    except Exception:  # read_image says what is wrong with it
+        return read_image(path).size
+
+
+def augment(frozen: FrozenModel, pixels: torch.Tensor, targets: torch.Tensor, args, classes: int):
+    """uint8 pixels [B, 3, S, S] and class indices [B] -> normalised images and class indices, or shares [B, C] of classes.
+
+    Each image is seen in a view of --augment drawn at random. `strong` adds TrivialAugmentWide (Mueller and Hutter, ICCV
+    2021), random erasing (Zhong et al., AAAI 2020) of a quarter of the images, and to the batch CutMix (Yun et al., ICCV
+    2019) or MixUp (Zhang et al., ICLR 2018).
+    """
+    views = VIEWS[args.augment]
+    drawn = torch.randint(len(views), (len(pixels),)).to(pixels.device)
+    for number, view in enumerate(views[1:], 1):
+        pixels[drawn == number] = turn(pixels[drawn == number], *view)
+    if not args.strong:
+        return frozen.normalise(pixels), targets
+    trivial = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
+    images = frozen.normalise(torch.stack([trivial(image) for image in pixels]))
+    erase = v2.RandomErasing(p=0.25)
+    images = torch.stack([erase(image) for image in images])
+    return v2.RandomChoice([v2.CutMix(num_classes=classes), v2.MixUp(alpha=0.2, num_classes=classes)])(images, targets)
+
+
+def find_last_stage(backbone: torch.nn.Module, size: int) -> list[str]:
+    """The names of the modules of a network's last stage, in the order in which they run.
+
+    A stage is what works at one resolution: the last one begins with the first part that gives maps of the smallest side
+    from maps of that side or the next larger one; a part that spans more than these is looked into. It ends with the
+    network. In one whose maps do not shrink (vision transformers) it is the last quarter of the longest row of equal blocks,
+    and what follows.
+    """
+    started, sides = [], {}
+
+    def side(value):
+        return value.shape[2] if torch.is_tensor(value) and value.dim() == 4 else None
+
+    def start(name, *_):
+        started.append(name)
+
+    def end(name, module, inputs, output):
+        if any(True for _ in module.parameters()):
+            sides.setdefault(name, (side(inputs[0] if inputs else None), side(output)))
+    hooks = [hook for name, module in backbone.named_modules() if name for hook in
+             (module.register_forward_pre_hook(functools.partial(start, name)),
+              module.register_forward_hook(functools.partial(end, name)))]
+    if not hasattr(backbone, "image_size"):
+        size = max(size, 224)  # small images shrink to single pixels before the end
+    with torch.no_grad():
+        backbone.eval()(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    layers = [name for name in sides if any(True for _ in backbone.get_submodule(name).parameters(recurse=False))]
+    smallest = sorted({sides[name][1] for name in layers} - {None, 1})[:2]  # 1: squeeze and excitation
+    first = next((name for name in started if sides.get(name, (0, 0))[0] in smallest and sides[name][1] == smallest[0]), None)
+    if first is None or len(smallest) < 2:
+        rows = [[f"{name}.{child}" for child, _ in module.named_children()] for name, module in backbone.named_modules()
+                if name and len(set(map(type, module.children()))) == 1]
+        blocks = max(rows, key=len, default=started)
+        first = blocks[-math.ceil(len(blocks) / 4)]
+    return list(dict.fromkeys(started[started.index(first):]))
 
 
 # ---------------------------------------------------------------- files
@@ -937,12 +1277,12 @@ def write_torch(path: Path, content: dict):
         file.write(buffer.getbuffer())
 
 
-def save_model(args, frozen: FrozenModel, model_kwargs: dict, classes: list[str], best: dict, config: dict):
+def save_model(args, frozen: FrozenModel, job: SimpleNamespace, best: dict, config: dict):
     """Write OUT/model.pt, the finished model, with everything that evaluate.py and predict.py need."""
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[frozen.dtype]
     write_torch(args.out / "model.pt", {
-        "format": CHECKPOINT_FORMAT, "version": FORMAT_VERSION, "arch": args.arch, "model_kwargs": model_kwargs,
-        "classes": classes, "preprocessing": frozen.preprocessing, "temperature": best["temperature"],
+        "format": CHECKPOINT_FORMAT, "version": FORMAT_VERSION, "arch": args.arch, "model_kwargs": job.model_kwargs,
+        "classes": job.classes, "preprocessing": frozen.preprocessing, "temperature": best["temperature"],
         "views": VIEWS[args.augment], "metrics": best["row"],
         "state_dict": {key: value.cpu() for key, value in frozen.model.state_dict().items()},
         "args": plain_arguments(args) | config | {"precision": precision},

@@ -5,12 +5,14 @@ import math
 import random
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 import torchvision
-from conftest import SMALL, command, make_tree, real, tile
+from conftest import ROOT, SMALL, command, make_tree, real, tile
 from PIL import Image
 
 FIELDS = ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "seconds"]
@@ -347,6 +349,101 @@ def test_tta_averages_the_views_of_the_training(run, trained, tree, tmp_path):
         assert "--augment" in run(script, "--checkpoint", trained.model, *rest, "--tta", code=2).error[0]
 
 
+def changed_parts(before, after):
+    return {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+
+
+def test_finetune_trains_what_it_says(run, hard_train, tmp_path):
+    """Of all, every part learns but no statistic of BatchNorm; of last, the last stage; the accuracies are those of the saved model."""
+    weights = weights_file(tmp_path)
+    before = load(weights)
+    args = ["--data", hard_train, "--arch", "resnet18", "--weights", weights, "--image-size", 32, "--precision", "fp32", "--epochs", 2, "--augment", "dihedral"]
+    for mode, parts in (("all", {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"}), ("last", {"layer4", "fc"})):
+        result = run("train", *args, "--finetune", mode, "--out", tmp_path / mode)
+        after = load(tmp_path / mode / "model.pt")
+        assert changed_parts(before, after["state_dict"]) == parts
+        assert all(torch.equal(before[key], after["state_dict"][key]) for key in before if "running_" in key)
+        assert f"fine-tuning {'conv1, bn1, layer1, layer2, layer3, ' if mode == 'all' else ''}layer4:" in result.err
+        assert "the classifier alone" in result.err and len(history(tmp_path / mode)) == 2
+        measured = run("evaluate", "--checkpoint", tmp_path / mode / "model.pt", "--data", hard_train).json
+        assert measured["accuracy"] == pytest.approx(result.json["test_acc"])
+        assert measured["loss"] == pytest.approx(after["metrics"]["test_loss"], abs=1e-4)
+        assert run("predict", "--checkpoint", tmp_path / mode / "model.pt", "--tta", hard_train / "test" / "red").out
+    rows = [float(history(tmp_path / "all")[-1][f"{split}_loss"]) for split in ("train", "val")]
+    frozen = run("train", *args, "--out", tmp_path / "frozen").json
+    assert rows[1] < float(history(tmp_path / "frozen")[frozen["best_epoch"] - 1]["val_loss"])  # the network learned
+
+
+@pytest.mark.parametrize("arch, stage", [("mobilenet_v3_small", {"features.9", "features.12", "classifier"}), ("vgg11", {"features.16", "classifier"}),
+                                         ("squeezenet1_1", {"features.9", "features.12"}), ("vit_b_32", {"encoder.layers.encoder_layer_9", "encoder.ln"})])
+def test_last_stage_of_others(run, tmp_path, arch, stage):
+    data = make_tree(tmp_path / "data", counts=(("train", 3),))
+    result = run("train", "--data", data, "--out", tmp_path / "out", "--epochs", 1, "--arch", arch, "--weights", "none", "--image-size", 64,
+                 "--finetune", "last")
+    line = next(line for line in result.err.splitlines() if "fine-tuning" in line)
+    named = line.split("fine-tuning ")[1].split(":")[0].split(", ")
+    assert stage <= set(named) and not any(name.startswith(("features.0", "conv_proj")) for name in named)
+    torchvision.models.get_model(arch, **load(tmp_path / "out" / "model.pt")["model_kwargs"])
+
+
+def test_finetune_repeats_and_resumes_to_the_bit(run, hard_train, tmp_path, monkeypatch):
+    args = ["--data", hard_train, "--epochs", 3, "--finetune", "last", "--augment", "dihedral", "strong", "--label-smoothing", 0.1, "--batch-size", 16, *SMALL]
+    whole = run("train", *args, "--out", tmp_path / "whole").json
+    interrupt_after(monkeypatch, 2)
+    run("train", *args, "--out", tmp_path / "out", code=130)
+    monkeypatch.undo()
+    assert "--resume" in run("train", *args, "--out", tmp_path / "out", code=2).error[0]
+    assert "backbone_lr was" in run("train", *args, "--out", tmp_path / "out", "--resume", "--backbone-lr", 1e-3, code=2).error[0]
+    again = run("train", *args, "--out", tmp_path / "out", "--resume")
+    assert "resumed after epoch 2" in again.err
+    first, second = (load(tmp_path / name / "model.pt") for name in ("whole", "out"))
+    assert same(first["state_dict"], second["state_dict"]) and first["temperature"] == second["temperature"]
+    assert again.json["test_acc"] == whole["test_acc"] and len(history(tmp_path / "out")) == 3
+
+
+def test_images_that_do_not_fit_are_read_again_each_epoch(run, hard_train, tmp_path, monkeypatch):
+    """From memory or from disk, the same pixels, the same model."""
+    import train
+    args = ["--data", hard_train, "--epochs", 2, "--finetune", "last", "--augment", "flip", *SMALL]
+    run("train", *args, "--out", tmp_path / "memory")
+    monkeypatch.setattr(train, "MEMORY_SHARE", 1e-7)
+    run("train", *args, "--out", tmp_path / "disk")
+    assert same(*(load(tmp_path / name / "model.pt")["state_dict"] for name in ("memory", "disk")))
+
+
+def test_out_of_memory_says_which_batch_size_to_try(run, hard_train, tmp_path, monkeypatch):
+    import train
+
+    def full(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train.FineTuning, "forward", full)
+    error, = run("train", "--data", hard_train, "--finetune", "all", "--batch-size", 48, *SMALL, "--out", tmp_path / "out", code=2).error
+    assert "--batch-size 24" in error and "48 images of 32 pixels" in error
+
+
+def test_what_goes_with_finetune_and_what_not(run, tree, tmp_path):
+    for options, words in ((["--augment", "strong"], "--finetune"), (["--augment", "flip", "dihedral"], "choose one"),
+                           (["--finetune", "all", "--tune", 4], "--finetune head"), (["--finetune", "last", "--seeds", 2], "--finetune head")):
+        assert words in run("train", "--data", tree, "--out", tmp_path / "out", *SMALL, *options, code=2).error[0]
+
+
+@pytest.mark.parametrize("mode", ["head", "all"])
+def test_several_processes_do_as_one(run, hard_train, tmp_path, mode):
+    """torchrun with two processes: only the first writes and speaks, no image is lost or counted twice, the result is the same."""
+    views = {"head": "flip", "all": "none"}[mode]  # when the network learns, each process draws views of its own
+    args = ["--data", hard_train, "--epochs", 2, "--finetune", mode, "--augment", views, "--batch-size", 16, "--no-cache", *SMALL]
+    alone = run("train", *args, "--out", tmp_path / "alone").json
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617", ROOT / "train.py", *args, "--out", tmp_path / "two"]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result, = map(json.loads, done.stdout.splitlines())
+    assert done.stderr.count("epoch 1/2") == 1
+    assert result["test_acc"] == pytest.approx(alone["test_acc"], abs=2 / 90)
+    ours, theirs = (load(tmp_path / name / "model.pt")["state_dict"] for name in ("alone", "two"))
+    assert all(torch.allclose(ours[key].float(), theirs[key].float(), rtol=1e-2, atol=1e-3) for key in ours)
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["history.csv", "last.pt", "model.pt"]
+
+
 def test_another_network_is_not_resumed(run, tree, tmp_path, monkeypatch):
     import train
     args = ["--data", tree, "--arch", "resnet18", "--image-size", 32, "--weights", tmp_path / "w.pth", "--out", tmp_path / "out"]
@@ -404,14 +501,14 @@ def test_the_cache_is_bounded_and_need_not_be_writable(run, tree, tmp_path):
 
 def test_an_interrupted_pass_goes_on_where_it_stopped(run, tree, tmp_path, monkeypatch):
     import train
-    real_compute, calls = train.compute_batch, []
+    real_compute = train.compute_features
 
     def stop(*positional):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        real_compute(*positional)
-    monkeypatch.setattr(train, "compute_batch", stop)
+        for number, result in enumerate(real_compute(*positional)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield result
+    monkeypatch.setattr(train, "compute_features", stop)
     args = ["--data", tree, "--epochs", 1, "--cache", tmp_path / "cache", "--out", tmp_path / "out", *SMALL]
     run("train", *args, code=130)
     monkeypatch.undo()
