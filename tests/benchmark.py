@@ -4,6 +4,7 @@
     python tests/benchmark.py cache --data data/eurosat --arch mobilenet_v2
     python tests/benchmark.py compare --data data/eurosat100 --arch resnet50
     python tests/benchmark.py fewshot --data data/eurosat --arch resnet50
+    python tests/benchmark.py finetune --data data/eurosat --arch resnet50
     python tests/benchmark.py predict --data data/eurosat --arch resnet50
     python tests/benchmark.py mosaic --data data/eurosat --checkpoint runs/eurosat/model.pt
 
@@ -13,6 +14,7 @@ runs it (fp32, NCHW, batches of 64, BatchNorm not folded), and train.py's pass f
 `compare` runs, in turn: the notebook way (`notebook`, below), train.py with an empty cache, train.py again.
 `fewshot` trains on 10, 50 and 100 images of each class of train, without val, and tells the accuracy on all of test: mean and
 deviation over five draws of images.
+`finetune` measures epochs of fine-tuning, with augmentation, against the same steps on random images that are at hand.
 `predict` measures predict.py in pairs: from image files to records against the bare forward on images in memory; and one image,
 start to end, against a Python that imports torch and torchvision, plus one forward.
 `mosaic` lays out 16 x 12 test tiles as a scene of regions, has predict.py map it, and compares the map with the truth.
@@ -36,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pass", "cache", "compare", "notebook", "fewshot", "predict", "mosaic"))
+    parser.add_argument("what", choices=("pass", "cache", "compare", "notebook", "fewshot", "finetune", "predict", "mosaic"))
     parser.add_argument("--data", type=Path, default=Path("data/eurosat"))
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--weights", default="none", help="a torchvision state dict, or none: speed does not depend on it")
@@ -45,6 +47,9 @@ def parse_args():
     parser.add_argument("--out", type=Path, default=Path("mosaic"), help="mosaic: folder for the scene and its map")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--image-size", type=int, default=224, help="finetune")
+    parser.add_argument("--batch-size", type=int, default=64, help="finetune")
+    parser.add_argument("--augment", default="dihedral", help="finetune: as in train.py, in one argument")
     parser.add_argument("--device", help="as in train.py")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--options", default="", help="fewshot: further options of train.py, in one argument")
@@ -185,6 +190,44 @@ def compare(args):
             print(f"notebook / {name}: {statistics.median(ratios):.1f}   ({min(ratios):.1f} to {max(ratios):.1f})")
 
 
+def measure_finetune(args):
+    import torch
+
+    import train
+    from common import FrozenModel, pick_device
+    options = train.parse_args(["--data", str(args.data), "--arch", args.arch, "--weights", args.weights, "--finetune", "all", "--image-size",
+                                str(args.image_size), "--batch-size", str(args.batch_size), "--augment", *args.augment.split()])
+    classes, splits = train.read_tree(options)
+    paths, targets = splits["train"]
+    chosen = torch.arange(0, len(paths), max(1, len(paths) // args.images))[:args.images]
+    splits = {"train": ([paths[row] for row in chosen.tolist()], targets[chosen])}
+    model, preprocessing, _ = train.load_pretrained(options, len(classes))
+    frozen = FrozenModel(model, preprocessing, len(classes), pick_device(args.device), args.precision)
+    head = train.standardised_head(frozen, torch.randn(1, 64, frozen.width))
+    learner = train.FineTuning(frozen, head, SimpleNamespace(splits=splits, classes=classes), options)
+    optimizer = torch.optim.Adam(learner.groups([train.plain_config(options) | {"backbone_lr": 1e-4}]))
+
+    def epoch(batches):
+        for images, wanted, _ in batches:
+            loss = train.cross_entropies(learner.logits(images, [0]), wanted, torch.zeros(1, device=learner.device), None)
+            optimizer.zero_grad()
+            loss.sum().backward()
+            torch.nn.utils.clip_grad_norm_(learner.network.parameters(), 1.0)
+            optimizer.step()
+    fixed = list(learner.batches(1))
+    works = {"random images": lambda: epoch([(torch.randn_like(images), wanted, 1) for images, wanted, _ in fixed[:1]] * len(fixed)),
+             "training images": lambda: epoch(learner.batches(1))}
+    rates = {name: [] for name in works}
+    for number in range(args.rounds + 1):
+        for name, work in works.items():
+            rate = len(chosen) / seconds(work, learner.device)
+            rates[name] += [rate] if number else []  # the first round warms up
+    for name, values in rates.items():
+        print(f"{name:16} {statistics.median(values):8.1f} img/s   ({min(values):.1f} to {max(values):.1f})")
+    ratios = [a / b for a, b in zip(rates["training images"], rates["random images"])]
+    print(f"training / random: {statistics.median(ratios):.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
 def fewshot(args):
     import json
     import random
@@ -293,5 +336,5 @@ def mosaic(args):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    {"pass": measure_pass, "cache": cache, "compare": compare, "notebook": notebook, "fewshot": fewshot,
+    {"pass": measure_pass, "cache": cache, "compare": compare, "notebook": notebook, "fewshot": fewshot, "finetune": measure_finetune,
      "predict": measure_predict, "mosaic": mosaic}[arguments.what](arguments)
