@@ -65,10 +65,6 @@ def parse_args(argv):
     group.add_argument("--image-size", type=positive_int, metavar="PIXELS",
                        help="side that images are resized to (default: as the weights were trained)")
     group = parser.add_argument_group("training")
-    group.add_argument("--finetune", choices=("head", "last", "all"), default="head",
-                       help="what learns: the new classifier alone; with the network's last stage; or with all of the network. "
-                            "The classifier learns alone first (Kumar et al., Fine-tuning can distort pretrained features, "
-                            "ICLR 2022). BatchNorm keeps its pre-trained statistics, and learns scale and shift")
     group.add_argument("--epochs", type=positive_int, default=5, metavar="N",
                        help="passes over the training images; with --finetune last or all, those after the first step")
     group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images per step of the optimizer")
@@ -76,8 +72,6 @@ def parse_args(argv):
                        help="adamw takes the weight decay out of the gradient")
     group.add_argument("--lr", type=positive_float, default=1e-3, metavar="RATE",
                        help="learning rate at its highest; it falls to 0 along a cosine")
-    group.add_argument("--backbone-lr", type=positive_float, default=1e-4, metavar="RATE",
-                       help="the same for what learns of the network")
     group.add_argument("--warmup", type=not_negative, default=0, metavar="EPOCHS",
                        help="epochs over which the learning rate rises first")
     group.add_argument("--weight-decay", type=not_negative, default=0, metavar="X", help="of weights; biases are spared")
@@ -85,20 +79,27 @@ def parse_args(argv):
                        help="share of each label that is spread over all classes")
     group.add_argument("--class-weights", choices=("balanced",),
                        help="balanced: in the loss every class counts the same, however many images it has")
-    group.add_argument("--augment", choices=(*VIEWS, "strong"), nargs="+", default=["none"],
+    group.add_argument("--augment", choices=(*VIEWS, "strong"), nargs="+", default="none",
                        help="views of each training image, one drawn at random per epoch: flip adds the mirror image (for "
                             "photographs), dihedral all eight flips and quarter turns (for images from above). strong, which "
                             "needs a network that learns, adds TrivialAugmentWide, random erasing and CutMix or MixUp to flip, "
                             "or to the views named beside it")
-    group.add_argument("--clip-norm", type=positive_float, default=1.0, metavar="NORM",
-                       help="bound on the norm of the gradient when the network learns")
     group.add_argument("--patience", type=positive_int, metavar="N",
                        help="stop after N epochs without a better one on val")
-    group.add_argument("--max-minutes", type=positive_float, default=math.inf, metavar="M",
+    group.add_argument("--max-minutes", type=positive_float, metavar="M",
                        help="shorten the training to end within M minutes of the start, with a finished model; the pass over "
                             "the images and one epoch are always done")
     group.add_argument("--seed", type=seed_number, default=0, metavar="N",
                        help="of the new classifier, the order of images and the views drawn")
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument("--finetune", choices=("head", "last", "all"), default="head",
+                       help="what learns: the new classifier alone; with the network's last stage; or with all of the network. "
+                            "The classifier learns alone first (Kumar et al., Fine-tuning can distort pretrained features, "
+                            "ICLR 2022). BatchNorm keeps its pre-trained statistics, and learns scale and shift")
+    group.add_argument("--backbone-lr", type=positive_float, default=1e-4, metavar="RATE",
+                       help="--lr for what learns of the network")
+    group.add_argument("--clip-norm", type=positive_float, default=1.0, metavar="NORM",
+                       help="bound on the norm of the gradient")
     group = parser.add_argument_group("search and spread, at the cost of seconds, since the features are there")
     group.add_argument("--tune", type=positive_int, metavar="N",
                        help="try N settings of learning rate, weight decay, label smoothing and epochs (up to --epochs) side "
@@ -117,10 +118,10 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.resume and args.restart:
         parser.error("--resume and --restart exclude each other")
-    args.strong = "strong" in args.augment
-    views = set(args.augment) - {"strong"} or {"flip"}
+    augment = [args.augment] if isinstance(args.augment, str) else args.augment
+    args.strong, views = "strong" in augment, set(augment) - {"strong"} or {"flip"}
     if len(views) > 1:
-        parser.error(f"--augment {' '.join(args.augment)}: choose one of {', '.join(VIEWS)}, and strong with it or not")
+        parser.error(f"--augment {' '.join(augment)}: choose one of {', '.join(VIEWS)}, and strong with it or not")
     args.augment = views.pop()
     if args.finetune == "head" and args.strong:
         parser.error("--augment strong needs a network that learns: --finetune last or all. The features of a frozen one are "
@@ -154,7 +155,7 @@ def main(argv=None):
         if job.unfinished:
             check_resumable(args, job.unfinished, settings)
         data = extract_features(frozen, job, key, args)
-        deadline = start + 60 * args.max_minutes
+        deadline = start + 60 * (args.max_minutes or math.inf)
         if args.finetune == "head":
             if RANK:
                 return  # one process is enough for a head
