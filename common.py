@@ -40,7 +40,8 @@ SPLITS = ("train", "val", "test")
 VIEWS = {"none": [(0, False)], "flip": [(0, False), (0, True)],
          "dihedral": [(turns, mirrored) for mirrored in (False, True) for turns in range(4)]}
 TTA_HELP = "average the probabilities of the views that the model was trained with (test-time augmentation); a pass for each"
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of the processes that torchrun started
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of the processes that torchrun started
+RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 CHECKPOINT_FORMAT, RUN_FORMAT, FORMAT_VERSION = "image classifier", "training run", 1
 
 
@@ -131,7 +132,7 @@ def add_hardware_options(parser: argparse.ArgumentParser):
                        help="of the backbone; auto is bf16 where the processor computes in it natively, else fp32, and with a "
                             "model that was trained in fp32 it is that")
     group.add_argument("--workers", type=positive_int, metavar="N",
-                       help="threads that read images (default: 2 per core, at most 16)")
+                       help="threads that read images (default: 2 per core, at most 16; fewer while a CPU fine-tunes)")
     return group
 
 
@@ -551,10 +552,10 @@ class FrozenModel:
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            images = self.normalise(pixels).to(self.dtype)  # plane by plane, and then mixed: half the time of mixed first
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = self.normalise(pixels).to(self.dtype)
             if self.compiled and len(images) < self.batch_size:  # compiled for one shape: a short batch is filled up
                 images = torch.cat([images, images[:1].expand(self.batch_size - len(images), -1, -1, -1)])
+            images = images.contiguous(memory_format=torch.channels_last)  # after plane by plane: half the time of mixed first
             return self.backbone(images)[:len(pixels)].float()
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:

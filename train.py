@@ -74,7 +74,8 @@ def parse_args(argv):
                        help="learning rate at its highest; it falls to 0 along a cosine")
     group.add_argument("--warmup", type=not_negative, default=0, metavar="EPOCHS",
                        help="epochs over which the learning rate rises first")
-    group.add_argument("--weight-decay", type=not_negative, default=0, metavar="X", help="of weights; biases are spared")
+    group.add_argument("--weight-decay", type=not_negative, default=0, metavar="X",
+                       help="of weights; biases and the scales of norms are spared")
     group.add_argument("--label-smoothing", type=fraction, default=0, metavar="X",
                        help="share of each label that is spread over all classes")
     group.add_argument("--class-weights", choices=("balanced",),
@@ -162,8 +163,9 @@ def main(argv=None):
             head = standardised_head(frozen, data["train"][0])
             config, runs = train_heads(head, data, args, settings, deadline, job.unfinished)
         else:
-            head = share(lambda: train_first_head(frozen, data, args))
-            config, runs = finetune(frozen, head, job, args, settings, deadline)
+            head, start_from = share(lambda: train_first_head(frozen, data, args))
+            del data
+            config, runs = finetune(frozen, head, start_from, job, args, settings, deadline)
             if RANK:
                 return
         run = max(runs, key=lambda run: score(run["best"]))
@@ -252,8 +254,9 @@ def read_tree(args):
         log(f"{data} has no val/: nothing is selected; the last epoch is the model, the temperature is 1")
     counts = {name: int(count) for name, count in zip(classes, splits["train"][1].bincount(minlength=len(classes)))}
     if args.class_weights is None and max(counts.values()) >= IMBALANCED * min(counts.values()):
-        log(f"warning: {data / 'train'} is imbalanced, and rare classes will be found less often: "
-            f"{', '.join(f'{count} {name}' for name, count in sorted(counts.items(), key=lambda item: -item[1]))}; "
+        told = [f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1])]
+        told = told if len(told) <= 20 else [*told[:5], "...", *told[-5:]]
+        log(f"warning: {data / 'train'} is imbalanced, and rare classes will be found less often: {', '.join(told)}; "
             "--class-weights balanced lets all classes count the same")
     if ignored := [name for name in class_folders(data) if name not in SPLITS]:
         log(f"warning: ignored in {data}: {', '.join(ignored)}")
@@ -294,6 +297,8 @@ def run_settings(args, job: SimpleNamespace, key: dict) -> dict:
     values = {name: value for name, value in plain_arguments(args).items() if name not in without}
     images = [(split, target, sha256) for split, (_, targets) in job.splits.items()
               for target, (sha256, _) in zip(targets.tolist(), job.files[split])]
+    if args.finetune != "head":
+        values["processes"] = WORLD
     return values | {"classes": job.classes, "images": digest_of(images), "network and libraries": digest_of(key)}
 
 
@@ -735,8 +740,9 @@ class Heads:
     def split_logits(self, split: str, active: list[int]):
         """Yield (logits [B, A, classes], class indices [B]) for the images of a split as they are, without gradients."""
         features, targets = self.data[split]
+        size = max(1, chunk_rows(features) // len(active))
         with torch.no_grad():
-            for rows, wanted in zip(features[0].split(chunk_rows(features)), targets.split(chunk_rows(features))):
+            for rows, wanted in zip(features[0].split(size), targets.split(size)):
                 yield self.logits(rows.to(self.device, torch.float32), active), wanted.to(self.device)
 
     def weights(self, index: int) -> dict:
@@ -775,21 +781,22 @@ def fit(learner, configs: list[dict], splits, args, deadline: float = math.inf, 
     smoothing = torch.tensor([config["label_smoothing"] for config in configs], device=learner.device)
     for done in range(len(runs[0]["history"]), max(config["epochs"] for config in configs)):
         start, epoch = time.monotonic(), done + 1
-        longest = max((row["seconds"] for run in runs for row in run["history"]), default=0)
-        fitting = done + int(max(0, deadline - start) / longest) if longest and deadline < math.inf else math.inf
+        longest = max((run["history"][-1]["seconds"] for run in runs if run["history"]), default=0)
+        fitting = done + int(max(0, deadline - start) / (1.05 * longest)) if longest and deadline < math.inf else math.inf
         if learner.spread_out:
             fitting = share(lambda: fitting)  # all processes have to agree
         plans = [min(config["epochs"], fitting) for config in configs]
         active = [index for index, run in enumerate(runs) if done < plans[index] and not out_of_patience(run, args)]
         if not active:
+            log(f"ended after epoch {done}: " + ("no time for more" if done >= fitting else "none was better for long enough"))
             break
-        losses, rates = [], []
+        losses, rates, own_smoothing = [], [], smoothing[active]
         for step, (inputs, targets, share_of_step) in enumerate(learner.batches(epoch)):
             for group in optimizer.param_groups:
                 planned = min(group["epochs"], fitting)
                 group["lr"] = group["peak"] * schedule(done + step / learner.steps, planned, args.warmup)
             logits = learner.logits(inputs, active)
-            loss = cross_entropies(logits, targets, smoothing[active], weights)
+            loss = cross_entropies(logits, targets, own_smoothing, weights)
             optimizer.zero_grad()
             (share_of_step * loss.sum()).backward()
             if learner.clip_norm:
@@ -800,6 +807,8 @@ def fit(learner, configs: list[dict], splits, args, deadline: float = math.inf, 
             if len(configs) == 1 and (learner.device.type == "cpu" or step % 50 == 49 or step + 1 == learner.steps):
                 check_finite(losses, rates, epoch, learner.steps)  # a GPU is not made to wait at every step
         measured = {split: measure(learner, split, active) for split in splits}
+        if len(configs) == 1 and not all(math.isfinite(result["loss"]) for results in measured.values() for result in results):
+            raise diverged("a loss is not finite", epoch, learner.steps, learner.steps, rates[-1])
         seconds = round(time.monotonic() - start, 3)
         for number, index in enumerate(active):
             results = {split: measured[split][number] for split in splits}
@@ -841,7 +850,7 @@ def class_weights(learner, args) -> torch.Tensor | None:
     if args.class_weights is None:
         return None
     counts = learner.data["train"][1].bincount().to(learner.device)
-    return (counts.sum() / (counts.count_nonzero() * counts.clamp(min=1))).float()
+    return (counts.sum() / (len(counts) * counts)).float()
 
 
 def cross_entropies(logits: torch.Tensor, targets: torch.Tensor, smoothing: torch.Tensor, weights: torch.Tensor | None):
@@ -859,9 +868,13 @@ def check_finite(losses: list, rates: list, epoch: int, steps: int):
     wrong = (~torch.cat(losses).isfinite()).nonzero().flatten().tolist()
     if wrong:
         step = len(rates) - len(losses) + wrong[0]
-        raise UserError(f"the loss became {losses[wrong[0]].item()} in epoch {epoch} at step {step + 1} of {steps}, with "
-                        f"learning rate {rates[step]:g}: lower --lr (an unfinished run is discarded with --restart)")
+        raise diverged(f"the loss became {losses[wrong[0]].item()}", epoch, step + 1, steps, rates[step])
     losses.clear()
+
+
+def diverged(what: str, epoch: int, step: int, steps: int, rate: float) -> UserError:
+    return UserError(f"{what} in epoch {epoch} at step {step} of {steps}, with learning rate {rate:g}: lower --lr, or "
+                     "--backbone-lr where the network learns (an unfinished run is discarded with --restart)")
 
 
 def measure(learner, split: str, active: list[int]) -> list[dict]:
@@ -874,7 +887,8 @@ def measure(learner, split: str, active: list[int]) -> list[dict]:
         correct += (logits.argmax(2) == wanted).sum(0).cpu().double()
         count += len(targets)
         if split == "val":
-            kept.append((logits.cpu(), targets.cpu()))
+            every = math.ceil(len(learner.data["val"][1]) * logits.shape[2] / 5e6)  # images, of a large set, to calibrate on
+            kept.append((logits[::every].cpu(), targets[::every].cpu()))
     if learner.spread_out and WORLD > 1:  # exact to the image: no process has one of another's
         parts, kept = gather([(losses, correct, count)]), gather(kept)
         losses, correct, count = map(sum, zip(*parts))
@@ -890,7 +904,7 @@ def calibrate(logits: torch.Tensor, targets: torch.Tensor) -> dict:
     """The temperature that minimises the cross entropy of logits [N, C] / temperature, and that `calibrated` loss, in nats.
 
     (Guo et al., ICML 2017.) Without a mistake nothing tells how sure is too sure: the temperature is 1, and the loss that
-    some temperature could reach is 0. The loss is convex in 1 / temperature, which Newton's method finds.
+    some temperature could reach is 0. The loss is convex in 1 / temperature, which Newton's method finds, within 1/20 to 20.
     """
     logits, right = logits.double(), logits.gather(1, targets[:, None]).double()
     if not logits.isfinite().all() or (logits.argmax(1) == targets).all():
@@ -976,6 +990,8 @@ def train_heads(head, data: dict, args, settings: dict, deadline: float, state: 
 
     `state` is that of an unfinished run's last.pt, which is rewritten, as is history.csv, after each epoch.
     """
+    for stale in ("tune.csv", "tune.png") if not args.tune else ():  # of an earlier run
+        (args.out / stale).unlink(missing_ok=True)
     config = state["config"] if state else tune(head, data, args, deadline) if args.tune else plain_config(args)
     runs = state["runs"] if state else []
     for seed in range(args.seed + len(runs), args.seed + args.seeds):
@@ -988,7 +1004,8 @@ def train_heads(head, data: dict, args, settings: dict, deadline: float, state: 
         if seed != args.seed:
             initialise(learner.heads[0][2], seed)
         saver = functools.partial(save_epoch, args, settings, config, runs)
-        run, = fit(learner, [config], list(data), args, deadline, state, saver)
+        until = time.monotonic() + (deadline - time.monotonic()) / (args.seeds - len(runs))  # the same time for all
+        run, = fit(learner, [config], list(data), args, until, state, saver)
         runs, state = [*runs, run], None
     return config, runs
 
@@ -1008,6 +1025,8 @@ def spread(runs: list[dict]) -> dict:
     if len(runs) < 2:
         return {}
     result = {"seeds": len(runs)}
+    if runs[0]["best"]["row"]["val_acc"] is None:
+        log("without val nothing is chosen: the model of the first seed is saved")
     for split in ("val", "test"):
         values = [run["best"]["row"][f"{split}_acc"] for run in runs]
         if None not in values:
@@ -1023,22 +1042,22 @@ FIRST_EPOCHS = 10  # of the head alone, before the network learns too
 TRAIN_SAMPLE = 5000  # images on which the train columns of the history are measured, so that it costs little
 
 
-def train_first_head(frozen: FrozenModel, data: dict, args) -> torch.nn.Sequential:
-    """A head trained on the frozen network's features: where fine-tuning starts."""
+def train_first_head(frozen: FrozenModel, data: dict, args) -> tuple[torch.nn.Sequential, dict]:
+    """A head trained on the frozen network's features, where fine-tuning starts; and how well it does, to be compared."""
     learner = Heads(standardised_head(frozen, data["train"][0]), data, args, args.seed)
     config, others = plain_config(args) | {"epochs": FIRST_EPOCHS}, [split for split in data if split != "train"]
     run, = fit(learner, [config], others, SimpleNamespace(**{**vars(args), "patience": None}))
     row = run["best"]["row"]
     log(f"the classifier alone, {FIRST_EPOCHS} epochs: " + "  ".join(
         f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in others))
-    learner.load(run["best"]["weights"])
-    return learner.heads[0]
+    learner.load(run["best"].pop("weights"))
+    return learner.heads[0].cpu(), run["best"]
 
 
-def finetune(frozen: FrozenModel, head, job: SimpleNamespace, args, settings: dict, deadline: float):
+def finetune(frozen: FrozenModel, head, first: dict, job: SimpleNamespace, args, settings: dict, deadline: float):
     """Train the network, or its last stage, with the head: the configuration, and the run as `fit` returns it.
 
-    The best weights are left in `frozen` and, for the head, in the run.
+    The best weights are left in `frozen` and, for the head, in the run. `first` is what the head did alone.
     """
     config = plain_config(args) | {"backbone_lr": args.backbone_lr}
     learner = FineTuning(frozen, head, job, args)
@@ -1049,6 +1068,9 @@ def finetune(frozen: FrozenModel, head, job: SimpleNamespace, args, settings: di
         advice = f"try --batch-size {args.batch_size // 2}" if args.batch_size > WORLD else "try a smaller --image-size"
         raise UserError(f"no memory on {frozen.device} for batches of {args.batch_size} images of "
                         f"{frozen.preprocessing['size']} pixels: {advice}") from None
+    if "val" in job.splits and score(run["best"]) < score(first):
+        log("warning: on val, no epoch of fine-tuning is better than the classifier alone: try more --epochs, another "
+            "--backbone-lr, or --finetune head")
     weights = run["best"]["weights"]
     frozen.update(strip("backbone.", weights))
     run["best"] |= {"weights": strip("head.", weights)}
@@ -1067,17 +1089,18 @@ class FineTuning:
         self.frozen, self.device, self.job, self.args = frozen, frozen.device, job, args
         self.clip_norm, self.classes = args.clip_norm, len(job.classes)
         self.data = {split: (None, targets) for split, (_, targets) in job.splits.items()}
-        self.steps = math.ceil(len(self.data["train"][1]) / args.batch_size)
+        count = len(self.data["train"][1])
+        self.steps = min(math.ceil(count / args.batch_size), max(1, count // WORLD))  # no process is without an image
         self.images = Images(job.splits, frozen, args.workers)
+        frozen.compiled = False  # it changes with every epoch
         backbone = frozen.copy_backbone().eval().to(self.device, memory_format=torch.channels_last)
         backbone.requires_grad_(args.finetune == "all")
         names = [name for name, _ in backbone.named_modules() if name]
         if args.finetune == "last":
             names = find_last_stage(backbone, frozen.preprocessing["size"])
-        stage = [backbone.get_submodule(name) for name in names]
-        for parameter in (parameter for module in stage for parameter in module.parameters(recurse=False)):
-            parameter.requires_grad_(True)
-        self.learning = [m for m in stage if not isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        stage = [backbone.get_submodule(name).requires_grad_(True) for name in names]
+        self.learning = [module for module in stage  # BatchNorm keeps its statistics, if it has any worth keeping
+                         if args.weights == "none" or not isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
         self.network = torch.nn.Module()
         self.network.backbone, self.network.head = backbone, head.to(self.device).requires_grad_(True)
         self.run = self.network
@@ -1111,7 +1134,7 @@ class FineTuning:
         mine = [rows[RANK::WORLD] for rows in steps]
         torch.manual_seed(hash((self.args.seed, epoch, RANK)))  # dropout too
         for module in self.learning:
-            module.training = True  # BatchNorm is not among them
+            module.training = True
         self.measured = None
         for rows, own, pixels in zip(steps, mine, self.images.batches("train", mine)):
             images, wanted = augment(self.frozen, pixels, targets[own].to(self.device), self.args, self.classes)
@@ -1128,7 +1151,7 @@ class FineTuning:
             self.measured = True
         _, targets = self.data[split]
         rows = torch.arange(0, len(targets), math.ceil(len(targets) / TRAIN_SAMPLE) if split == "train" else 1)[RANK::WORLD]
-        chunks = rows.split(self.frozen.batch_size)
+        chunks = [chunk for chunk in rows.split(self.frozen.batch_size) if len(chunk)]
         with torch.no_grad():
             for rows, pixels in zip(chunks, self.images.batches(split, chunks)):
                 yield self.network.head(self.frozen.features(pixels))[:, None], targets[rows].to(self.device)
@@ -1159,13 +1182,16 @@ class Images:
         self.resident = {}
         with ThreadPoolExecutor(reader_threads(workers)) as executor:
             sides = {min(size) for paths, _ in splits.values() for size in executor.map(image_size, paths)}
-        side = min(sides.pop(), self.preprocessing["size"]) if len(sides) == 1 else self.preprocessing["size"]
-        room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else usable_memory()
-        if sum(len(paths) for paths, _ in splits.values()) * 3 * side * side > room:
+        size, processes = self.preprocessing["size"], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        side = min(sides.pop(), size) if len(sides) == 1 and device.type != "mps" else size  # old versions lack resize on MPS
+        # A GPU rounds otherwise when it resizes, so there only what is learned from is resized by it, not what is measured.
+        stored = {split: size if device.type == "cuda" and split != "train" else side for split in splits}
+        room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else usable_memory() / processes
+        if sum(3 * stored[split] ** 2 * len(paths) for split, (paths, _) in splits.items()) > room:
             return
         for split, (paths, _) in splits.items():
-            pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8, device=device)
-            for row, image in enumerate(self.read(paths, self.preprocessing | {"size": side})):
+            pixels = torch.empty(len(paths), 3, stored[split], stored[split], dtype=torch.uint8, device=device)
+            for row, image in enumerate(self.read(paths, self.preprocessing | {"size": stored[split]})):
                 pixels[row] = image
             self.resident[split] = pixels
 
@@ -1206,9 +1232,10 @@ def augment(frozen: FrozenModel, pixels: torch.Tensor, targets: torch.Tensor, ar
     2019) or MixUp (Zhang et al., ICLR 2018).
     """
     views = VIEWS[args.augment]
-    drawn = torch.randint(len(views), (len(pixels),)).to(pixels.device)
+    drawn = torch.randint(len(views), (len(pixels),))
     for number, view in enumerate(views[1:], 1):
-        pixels[drawn == number] = turn(pixels[drawn == number], *view)
+        rows = (drawn == number).nonzero()[:, 0].to(pixels.device, non_blocking=True)
+        pixels[rows] = turn(pixels[rows], *view)
     if not args.strong:
         return frozen.normalise(pixels), targets
     trivial = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)

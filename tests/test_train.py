@@ -411,6 +411,22 @@ def test_images_that_do_not_fit_are_read_again_each_epoch(run, hard_train, tmp_p
     assert same(*(load(tmp_path / name / "model.pt")["state_dict"] for name in ("memory", "disk")))
 
 
+def test_attention_of_the_last_stage_learns_too(run, tmp_path):
+    """Torchvision's attention uses the weights of its parts without calling them; and a random network learns with BatchNorm."""
+    data = make_tree(tmp_path / "data", counts=(("train", 6),))
+    torch.manual_seed(0)
+    torch.save(torchvision.models.swin_t().state_dict(), tmp_path / "w.pth")
+    run("train", "--data", data, "--out", tmp_path / "out", "--epochs", 1, "--arch", "swin_t", "--weights", tmp_path / "w.pth", "--image-size", 64,
+        "--finetune", "last")
+    before, after = load(tmp_path / "w.pth"), load(tmp_path / "out" / "model.pt")["state_dict"]
+    stage = [key for key in before if key.startswith("features.7") and before[key].is_floating_point()]
+    assert stage and not [key for key in stage if torch.equal(before[key], after[key])]
+    assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("features.5"))
+    result = run("train", "--data", data, "--out", tmp_path / "none", "--epochs", 6, "--finetune", "all", *SMALL).json
+    state = load(tmp_path / "none" / "model.pt")["state_dict"]
+    assert result["epochs"] == 6 and not torch.equal(state["bn1.running_var"], torch.ones(64))
+
+
 def test_out_of_memory_says_which_batch_size_to_try(run, hard_train, tmp_path, monkeypatch):
     import train
 
@@ -594,6 +610,8 @@ def test_bad_arguments(run, tree, tmp_path, argv, words):
 def test_training_that_cannot_work_says_so(run, tree, tmp_path):
     error, = run("train", "--data", tree, "--out", tmp_path / "out", "--lr", 1e37, *SMALL, code=2).error
     assert "lower --lr" in error and not (tmp_path / "out" / "model.pt").exists()
+    error, = run("train", "--data", tree, "--out", tmp_path / "last", "--lr", 1e38, "--epochs", 1, "--batch-size", 500, *SMALL, code=2).error
+    assert "not finite" in error and "lower --lr" in error and not (tmp_path / "last" / "model.pt").exists()  # in the last step of all
     weights = torchvision.models.resnet18().state_dict()
     weights["layer4.1.conv2.weight"][0] = float("nan")
     torch.save(weights, tmp_path / "nan.pth")
