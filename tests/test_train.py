@@ -447,7 +447,8 @@ def test_what_goes_with_finetune_and_what_not(run, tree, tmp_path):
 def test_several_processes_do_as_one(run, hard_train, tmp_path, mode):
     """torchrun with two processes: only the first writes and speaks, no image is lost or counted twice, the result is the same."""
     views = {"head": "flip", "all": "none"}[mode]  # when the network learns, each process draws views of its own
-    args = ["--data", hard_train, "--epochs", 2, "--finetune", mode, "--augment", views, "--batch-size", 16, "--no-cache", *SMALL]
+    args = ["--data", hard_train, "--epochs", 2, "--finetune", mode, "--augment", views, "--batch-size", 16, "--no-cache", *SMALL,
+            "--weights", weights_file(tmp_path)]  # of random weights, BatchNorm would learn statistics, in each process its own
     alone = run("train", *args, "--out", tmp_path / "alone").json
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617", ROOT / "train.py", *args, "--out", tmp_path / "two"]
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300)
