@@ -29,11 +29,11 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-EXIT_USAGE, EXIT_SOME_UNREADABLE, EXIT_BELOW_BAR, EXIT_LOCKED, EXIT_SIGINT, EXIT_SIGTERM = 2, 3, 4, 75, 130, 143
+EXIT_USAGE, EXIT_SOME_UNREADABLE, EXIT_BELOW_BAR, EXIT_KEPT_OLD, EXIT_LOCKED, EXIT_SIGINT = 2, 3, 4, 5, 75, 130
 EXIT_CODES = """exit codes:
   0 done    1 a bug of ours (please report it)    2 wrong usage or input: one line says what
   3 finished, but some images could not be read (predict.py)    4 below --fail-under (evaluate.py)
-  75 another run holds the folder    130, 143 ended by SIGINT, SIGTERM"""
+  5 --only-if-better kept the old model (train.py)    75 another run holds the folder    130, 143 ended by SIGINT, SIGTERM"""
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder
 SPLITS = ("train", "val", "test")
 # Views of an image, (quarter turns, mirrored), the image as it is first; dihedral is all symmetries of a square.
@@ -95,22 +95,63 @@ def command(main):
     """Turn main(argv) into a command that returns its exit code and reports a wrong input as one line on stderr."""
     @functools.wraps(main)
     def run(argv=None) -> int:
-        with contextlib.suppress(ValueError):  # signals can only be set in the main thread
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))  # so that temporary files are removed
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell starts what shall run in the background
+                with contextlib.suppress(ValueError):  # signals can only be set in the main thread
+                    signal.signal(number, receive_signal)
         try:
-            return main(argv) or 0
+            code = main(argv) or 0
+            print(end="", flush=True)  # what cannot be written shows here, not when Python ends
+            return code
         except UserError as error:
             message, code = one_line(error), error.exit_code
-        except BrokenPipeError:  # the reader of stdout has seen enough, as in `predict.py ... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except KeyboardInterrupt:
-            message, code = "interrupted", EXIT_SIGINT
+        except KeyboardInterrupt as error:
+            message, code = "interrupted", error.args[0] if error.args else EXIT_SIGINT
         except OSError as error:  # a full disk, a folder that cannot be written: not ours to mend, but to name
-            message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_USAGE
+            name, code = error.filename, EXIT_USAGE
+            try:
+                print(end="", flush=True)
+            except OSError:  # it is stdout: what still waits for it is dropped
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                name = name or "stdout"
+            if isinstance(error, BrokenPipeError):  # its reader has seen enough, as in `predict.py ... | head`
+                return 0
+            message = f"{name}: {error.strerror}" if name else str(error)
         log(f"{Path(sys.modules[main.__module__].__file__).name}: error: {message}", stamp=False)
         return code
     return run
+
+
+held_signals = None  # within `signals_held`, those that have come
+
+
+def receive_signal(number: int, _):
+    """End the program by an exception, so that temporary files are removed, or leave that to `signals_held`."""
+    if held_signals != []:
+        raise KeyboardInterrupt(128 + number)
+    held_signals.append(number)
+    with contextlib.suppress(RuntimeError):  # it came while another line was being printed
+        log(f"{signal.Signals(number).name}: ending after this step; a second one ends at once")
+
+
+@contextlib.contextmanager
+def signals_held():
+    """A block that a signal ends the program after, not in; a second signal ends it at once."""
+    global held_signals
+    held_signals = []
+    try:
+        yield
+        if held_signals:
+            raise KeyboardInterrupt(128 + held_signals[0])
+    finally:
+        held_signals = None
+
+
+def whole_steps(steps):
+    """Yield the steps of a loop, with signals held in each; the wait for the next can be ended at once."""
+    for step in steps:
+        with signals_held():
+            yield step
 
 
 def make_parser(script: str, doc: str, example: str) -> argparse.ArgumentParser:
