@@ -33,10 +33,10 @@ from types import SimpleNamespace
 
 import PIL
 
-from common import (CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, RANK, RUN_FORMAT, SPLITS, VIEWS, WORLD, FrozenModel,
-                    ImageError, LazyModule, Progress, UserError, add_hardware_options, build_model, checkpoint_precision,
-                    class_folders, command, file_hash, find_head, fraction, is_checkpoint, load_weights, locked, log,
-                    make_parser, not_negative, one_line, pick_device, positive_float, positive_int, read_batches,
+from common import (CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, LARGEST_SIZE, RANK, RUN_FORMAT, SPLITS, VIEWS, WORLD,
+                    FrozenModel, ImageError, LazyModule, Progress, UserError, add_hardware_options, build_model,
+                    checkpoint_precision, class_folders, command, file_hash, find_head, fraction, is_checkpoint, load_weights,
+                    locked, log, make_parser, not_negative, one_line, pick_device, positive_float, positive_int, read_batches,
                     read_checkpoint, read_image, read_split, read_torch_file, reader_threads, replacing, resize, seed_number,
                     signals_held, torch, torchvision, turn, whole_steps)
 
@@ -119,6 +119,8 @@ def parse_args(argv):
         "--compile", action="store_true", help="compile the network first: pays after some thousand images on a CPU, and "
         "needs a C++ compiler")
     args = parser.parse_args(argv)
+    if args.image_size and args.image_size > LARGEST_SIZE:
+        parser.error(f"--image-size {args.image_size} is above {LARGEST_SIZE}")
     if args.resume and args.restart:
         parser.error("--resume and --restart exclude each other")
     args.strong = "strong" in args.augment
@@ -291,9 +293,12 @@ def read_unfinished(args) -> dict | None:
         state = {"finished": True}
     else:
         state = read_torch_file(last)
-        if state.get("format") != RUN_FORMAT or state.get("version") != FORMAT_VERSION:
+        kinds = {"settings": dict, "config": dict, "runs": list, "history": list, "best": dict, "optimizer": dict,
+                 "weights": dict}
+        if (state.get("format") != RUN_FORMAT or state.get("version") != FORMAT_VERSION or state.get("finished") is not True
+                and not all(isinstance(state.get(key), kind) for key, kind in kinds.items())):
             raise UserError(f"{last} is not the state of a run of this train.py; discard it with --restart")
-    if state["finished"]:
+    if state.get("finished"):
         if args.resume:
             log(f"nothing to resume in {args.out}: starting")
         return None
