@@ -10,6 +10,7 @@ import collections
 import contextlib
 import copy
 import ctypes
+import errno
 import functools
 import gc
 import hashlib
@@ -18,6 +19,7 @@ import io
 import math
 import os
 import signal
+import stat
 import struct
 import sys
 import time
@@ -322,7 +324,9 @@ def locked(path: Path):
 
 
 def file_hash(path, algorithm: str = "sha256") -> str:
-    """The hexadecimal digest of a file's content."""
+    """The hexadecimal digest of a file's content. OSError for what is no file: a named pipe would be waited for for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -340,6 +344,8 @@ def read_image(path, content: bytes | None = None) -> Image.Image:
     pixels (Pillow's bound on decompression bombs).
     """
     try:
+        if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would be waited for for ever
+            raise ImageError(path, "not a regular file")
         with Image.open(path if content is None else io.BytesIO(content)) as image:
             image.load()
             deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
@@ -645,12 +651,12 @@ def keep_large_blocks():
 
 def read_torch_file(path) -> dict:
     """torch.load with weights_only=True, which runs no code from the file; a UserError for all that is no dict with names."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} is no file, but a folder or a device" if Path(path).exists() else f"no such file: {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; give a .pt file") from None
+    except PermissionError:
+        raise
     except Exception as error:  # pickle, zip and torch raise a dozen kinds on a damaged file
         if "unsupported global" in str(error).lower() or "unsupported class" in str(error).lower():
             raise UserError(f"refused to load {path}: it holds more than plain values, and could run code") from None

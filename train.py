@@ -292,7 +292,10 @@ def read_unfinished(args) -> dict | None:
     if args.restart or not last.exists():
         state = {"finished": True}
     else:
-        state = read_torch_file(last)
+        try:
+            state = read_torch_file(last)
+        except UserError as error:
+            raise UserError(f"{error}; discard it with --restart") from None
         kinds = {"settings": dict, "config": dict, "runs": list, "history": list, "best": dict, "optimizer": dict,
                  "weights": dict}
         if (state.get("format") != RUN_FORMAT or state.get("version") != FORMAT_VERSION or state.get("finished") is not True
@@ -540,8 +543,7 @@ def compute_features(frozen: FrozenModel, job: SimpleNamespace, todo: list, args
             if isinstance(pixels, ImageError):
                 raise pixels
             sha256, stamp = job.files[split][row]
-            if file_stamp(path) != stamp:
-                raise ImageError(path, "it has changed since the run began; start again")
+            check_unchanged(path, stamp)
             for number, view in numbered:
                 chosen.setdefault(view, []).append((pixels, (split, number, row, sha256)))
         for view, pairs in chosen.items():
@@ -575,6 +577,11 @@ def file_stamp(path) -> tuple[int, int]:
     except OSError as error:
         raise ImageError(path, error.strerror) from None
     return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path, stamp: tuple[int, int]):
+    if file_stamp(path) != stamp:
+        raise ImageError(path, "it has changed since the run began; start again")
 
 
 def hash_weights(model: torch.nn.Module, without: str) -> str:
@@ -1129,7 +1136,7 @@ class FineTuning:
         self.clip_norm, self.classes = args.clip_norm, len(job.classes)
         self.data = {split: (None, targets) for split, (_, targets) in job.splits.items()}
         self.steps = math.ceil(len(self.data["train"][1]) / args.batch_size)
-        self.images = Images(job.splits, frozen, args.workers)
+        self.images = Images(job.splits, job.files, frozen, args.workers)
         backbone = frozen.copy_backbone().eval().to(self.device, memory_format=torch.channels_last)
         backbone.requires_grad_(args.finetune == "all")
         names = [name for name, _ in backbone.named_modules() if name]
@@ -1213,9 +1220,10 @@ def tell_stage(backbone: torch.nn.Module, names: list[str]):
 class Images:
     """The pixels of all splits: on the device, as bytes at the size of their files, if they fit; else read again each time."""
 
-    def __init__(self, splits: dict, frozen: FrozenModel, workers: int | None):
+    def __init__(self, splits: dict, files: dict, frozen: FrozenModel, workers: int | None):
         self.splits, self.frozen = splits, frozen
         self.preprocessing, device = frozen.preprocessing, frozen.device
+        self.stamps = {path: stamp for split, (paths, _) in splits.items() for path, (_, stamp) in zip(paths, files[split])}
         self.workers = workers or (max(1, (os.cpu_count() or 1) // 4) if device.type == "cpu" else None)  # the rest computes
         self.resident = {}
         with ThreadPoolExecutor(reader_threads(workers)) as executor:
@@ -1232,9 +1240,10 @@ class Images:
 
     def read(self, paths, preprocessing: dict):
         for batch in read_batches(paths, preprocessing, self.frozen.batch_size, self.workers):
-            for _, pixels in batch:
+            for path, pixels in batch:
                 if isinstance(pixels, ImageError):
                     raise pixels
+                check_unchanged(path, self.stamps[path])
                 yield pixels
 
     def batches(self, split: str, chunks: list[torch.Tensor]):
