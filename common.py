@@ -10,6 +10,7 @@ import collections
 import contextlib
 import copy
 import ctypes
+import errno
 import functools
 import gc
 import hashlib
@@ -18,6 +19,7 @@ import io
 import math
 import os
 import signal
+import stat
 import struct
 import sys
 import time
@@ -29,11 +31,11 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-EXIT_USAGE, EXIT_SOME_UNREADABLE, EXIT_BELOW_BAR, EXIT_LOCKED, EXIT_SIGINT, EXIT_SIGTERM = 2, 3, 4, 75, 130, 143
+EXIT_USAGE, EXIT_SOME_UNREADABLE, EXIT_BELOW_BAR, EXIT_KEPT_OLD, EXIT_LOCKED, EXIT_SIGINT = 2, 3, 4, 5, 75, 130
 EXIT_CODES = """exit codes:
   0 done    1 a bug of ours (please report it)    2 wrong usage or input: one line says what
   3 finished, but some images could not be read (predict.py)    4 below --fail-under (evaluate.py)
-  75 another run holds the folder    130, 143 ended by SIGINT, SIGTERM"""
+  5 --only-if-better kept the old model (train.py)    75 another run holds the folder    130, 143 ended by SIGINT, SIGTERM"""
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder
 SPLITS = ("train", "val", "test")
 # Views of an image, (quarter turns, mirrored), the image as it is first; dihedral is all symmetries of a square.
@@ -42,6 +44,7 @@ VIEWS = {"none": [(0, False)], "flip": [(0, False), (0, True)],
 TTA_HELP = "average the probabilities of the views that the model was trained with (test-time augmentation); a pass for each"
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of the processes that torchrun started
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
+LARGEST_SIZE = 4096  # side in pixels of the images that a network is given
 CHECKPOINT_FORMAT, RUN_FORMAT, FORMAT_VERSION = "image classifier", "training run", 1
 
 
@@ -55,7 +58,8 @@ class LazyModule:
         if self._name not in sys.modules:
             gc.disable()  # a fifth of the import's time would go into looking for garbage, where there is none
             try:
-                importlib.import_module(self._name)
+                with signals_held():  # some libraries abort at an exception while they are loaded
+                    importlib.import_module(self._name)
             finally:
                 gc.freeze()  # nor need it be searched later, but at the end, where some libraries count what they made
                 gc.enable()
@@ -96,22 +100,67 @@ def command(main):
     """Turn main(argv) into a command that returns its exit code and reports a wrong input as one line on stderr."""
     @functools.wraps(main)
     def run(argv=None) -> int:
-        with contextlib.suppress(ValueError):  # signals can only be set in the main thread
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))  # so that temporary files are removed
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell starts what shall run in the background
+                with contextlib.suppress(ValueError):  # signals can only be set in the main thread
+                    signal.signal(number, receive_signal)
+        sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # closed, as by >&-
         try:
-            return main(argv) or 0
+            code = main(argv) or 0
+            print(end="", flush=True)  # what cannot be written shows here, not when Python ends
+            return code
         except UserError as error:
             message, code = one_line(error), error.exit_code
-        except BrokenPipeError:  # the reader of stdout has seen enough, as in `predict.py ... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except KeyboardInterrupt:
-            message, code = "interrupted", EXIT_SIGINT
+        except KeyboardInterrupt as error:
+            message, code = "interrupted", error.args[0] if error.args else EXIT_SIGINT
         except OSError as error:  # a full disk, a folder that cannot be written: not ours to mend, but to name
-            message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_USAGE
+            name, code = " to ".join(str(name) for name in (error.filename, error.filename2) if name), EXIT_USAGE
+            try:
+                print(end="", flush=True)
+            except OSError:  # it is stdout: what still waits for it is dropped
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                name = name or "stdout"
+            if isinstance(error, BrokenPipeError):  # its reader has seen enough, as in `predict.py ... | head`
+                return 0
+            message = f"{name}: {error.strerror}" if name else str(error)
         log(f"{Path(sys.modules[main.__module__].__file__).name}: error: {message}", stamp=False)
         return code
     return run
+
+
+held_signals = None  # within `signals_held`, those that have come
+
+
+def receive_signal(number: int, _):
+    """End the program by an exception, so that temporary files are removed, or leave that to `signals_held`."""
+    if held_signals != []:
+        raise KeyboardInterrupt(128 + number)
+    held_signals.append(number)
+    with contextlib.suppress(RuntimeError):  # it came while another line was being printed
+        log(f"{signal.Signals(number).name}: ending as soon as this step is done; a second one ends at once")
+
+
+@contextlib.contextmanager
+def signals_held():
+    """A block that a signal ends the program after, not in; a second signal ends it at once."""
+    global held_signals
+    if held_signals is not None:  # in another such block, which will see to it
+        yield
+        return
+    held_signals = []
+    try:
+        yield
+        if held_signals:
+            raise KeyboardInterrupt(128 + held_signals[0])
+    finally:
+        held_signals = None
+
+
+def whole_steps(steps):
+    """Yield the steps of a loop, with signals held in each; the wait for the next can be ended at once."""
+    for step in steps:
+        with signals_held():
+            yield step
 
 
 def make_parser(script: str, doc: str, example: str) -> argparse.ArgumentParser:
@@ -186,7 +235,7 @@ def log(message: str, stamp: bool = True, end: str = "\n"):
     prefix = time.strftime("%Y-%m-%d %H:%M:%S ") if stamp and not sys.stderr.isatty() else ""
     try:
         print(f"{prefix}{message}", end=end, file=sys.stderr, flush=True)
-    except BrokenPipeError:  # nobody listens any more, but the work goes on
+    except OSError:  # nobody listens any more, or the disk is full, but the work goes on
         sys.stderr = open(os.devnull, "w")
 
 
@@ -276,7 +325,9 @@ def locked(path: Path):
 
 
 def file_hash(path, algorithm: str = "sha256") -> str:
-    """The hexadecimal digest of a file's content."""
+    """The hexadecimal digest of a file's content. OSError for what is no file: a named pipe would be waited for for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -294,6 +345,8 @@ def read_image(path, content: bytes | None = None) -> Image.Image:
     pixels (Pillow's bound on decompression bombs).
     """
     try:
+        if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would be waited for for ever
+            raise ImageError(path, "not a regular file")
         with Image.open(path if content is None else io.BytesIO(content)) as image:
             image.load()
             deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
@@ -559,9 +612,13 @@ class FrozenModel:
             return self.backbone(images)[:len(pixels)].float()
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Features [B, D] -> logits [B, classes], float32."""
+        """Features [B, D] -> logits [B, classes], float32. Raises UserError where they are not finite."""
         with torch.inference_mode():
-            return self.head(features)
+            logits = self.head(features)
+        if not logits.isfinite().all():
+            raise UserError(f"the answers of the {type(self.model).__name__} are not finite: its weights are damaged, or want "
+                            "another --precision")
+        return logits
 
     def log_probabilities(self, pixels: torch.Tensor, temperatures, views=VIEWS["none"]) -> list[torch.Tensor]:
         """uint8 pixels [B, 3, S, S] -> for each temperature, log-probabilities [B, classes], float64 on the CPU.
@@ -595,12 +652,12 @@ def keep_large_blocks():
 
 def read_torch_file(path) -> dict:
     """torch.load with weights_only=True, which runs no code from the file; a UserError for all that is no dict with names."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} is no file, but a folder or a device" if Path(path).exists() else f"no such file: {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; give a .pt file") from None
+    except PermissionError:
+        raise
     except Exception as error:  # pickle, zip and torch raise a dozen kinds on a damaged file
         if "unsupported global" in str(error).lower() or "unsupported class" in str(error).lower():
             raise UserError(f"refused to load {path}: it holds more than plain values, and could run code") from None
@@ -622,26 +679,53 @@ def read_checkpoint(path) -> tuple[dict, torch.nn.Module]:
                 else "a plain state dict, which train.py takes as --weights" if all(map(torch.is_tensor, content.values()))
                 else "a file of another program")
         raise UserError(f"{path} is no checkpoint of train.py, but {what}")
-    expected = {"version": int, "arch": str, "model_kwargs": dict, "classes": list, "preprocessing": dict,
-                "state_dict": dict, "temperature": float, "metrics": dict, "views": list}
-    content.setdefault("views", VIEWS["none"])  # a checkpoint of an earlier version
+    expected = {"version": int, "arch": str, "model_kwargs": dict, "classes": list, "preprocessing": dict, "state_dict": dict,
+                "temperature": float, "metrics": dict, "views": list, "args": dict, "versions": dict}
+    content = {"views": VIEWS["none"], "args": {}, "versions": {}} | content  # some earlier version had no views
     if wrong := [key for key, kind in expected.items() if not isinstance(content.get(key), kind)]:
         raise UserError(f"{path} is an incomplete checkpoint: it lacks {', '.join(wrong)}")
     if content["version"] > FORMAT_VERSION:
         raise UserError(f"{path} has format version {content['version']}; this program reads up to {FORMAT_VERSION}: update it")
     if wrong := {"size", "interpolation", "mean", "std"} - content["preprocessing"].keys():
         raise UserError(f"{path} is an incomplete checkpoint: its preprocessing lacks {', '.join(sorted(wrong))}")
-    if not content["views"] or any(view not in VIEWS["dihedral"] for view in content["views"]):
-        raise UserError(f"{path} has views that this program does not know: update it")
+    if wrong := find_nonsense(content):
+        raise UserError(f"{path} is damaged, or wants a newer version of this program: its {', '.join(wrong)} make no sense")
     if len(content["classes"]) != content["model_kwargs"].get("num_classes"):
         raise UserError(f"{path} contradicts itself: {len(content['classes'])} classes, but {content['model_kwargs']}")
     try:
         with skip_random_weights():
             model = build_model(content["arch"], content["model_kwargs"])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise UserError(f"{path}: this torchvision cannot build its model: {error}") from None
     load_weights(model, content["state_dict"], content["arch"], path)
     return content, model.eval()
+
+
+def find_nonsense(content: dict) -> list[str]:
+    """The keys of a checkpoint, all there and of the right types, whose values no training writes."""
+    classes, how, views = content["classes"], content["preprocessing"], VIEWS["dihedral"]
+    kinds = {"num_classes": int, "image_size": int, "aux_logits": bool, "transform_input": bool}
+    sane = {
+        "classes": len(classes) > 0 and all(isinstance(name, str) for name in classes) and len(set(classes)) == len(classes),
+        "model_kwargs": all(kinds.get(key) is type(value) for key, value in content["model_kwargs"].items())
+        and is_size(content["model_kwargs"].get("image_size", 1)),
+        "size": is_size(how["size"]),
+        "interpolation": how["interpolation"] in ("nearest", "nearest-exact", "bilinear", "bicubic"),
+        "mean and std": all(isinstance(three, list) and len(three) == 3 and all(map(is_number, three)) for three in
+                            (how["mean"], how["std"]))
+        and min(how["std"]) > 0,
+        "temperature": 0 < content["temperature"] < math.inf,
+        "views": len(content["views"]) > 0 and all(repr(view) in map(repr, views) for view in content["views"]),
+        "metrics": is_number(content["metrics"].get("epoch", 0))}
+    return [what for what, right in sane.items() if not right]
+
+
+def is_size(value) -> bool:
+    return type(value) is int and 0 < value <= LARGEST_SIZE
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < 1 << 63
 
 
 def checkpoint_views(checkpoint: dict, tta: bool) -> list:
@@ -660,6 +744,8 @@ def checkpoint_precision(checkpoint: dict, precision: str) -> str:
 
 def build_model(arch: str, model_kwargs: dict) -> torch.nn.Module:
     """torchvision's model `arch` with random weights; `model_kwargs` are its own arguments, such as num_classes."""
+    if arch not in torchvision.models.list_models(module=torchvision.models):  # others may download weights
+        raise ValueError(f"unknown classification model {arch}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # googlenet, inception_v3: "the default initialization will change"
         return torchvision.models.get_model(arch, weights=None, **model_kwargs)
@@ -682,15 +768,27 @@ def skip_random_weights():
 def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path):
     """Load a state dict into a model of exactly its keys and shapes; raises UserError naming the keys that do not fit.
 
-    The model takes the tensors themselves, not copies.
+    The model takes the tensors themselves, not copies, where they are what a model holds.
     """
     own = model.state_dict()
-    shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}
-    wrong = {"missing": [key for key in own if key not in shapes],
-             "unknown": [key for key in shapes if key not in own],
-             "of another shape": [key for key in own if key in shapes and own[key].shape != shapes[key]]}
+    both = {key: (own[key], state_dict[key]) for key in own if key in state_dict}
+    wrong = {"missing": [key for key in own if key not in state_dict],
+             "unknown": [str(key) for key in state_dict if key not in own],
+             "of another kind": [key for key, (mine, value) in both.items() if not is_plain(value, mine.dtype)]}
+    wrong["of another shape"] = [key for key, (mine, value) in both.items()
+                                 if key not in wrong["of another kind"] and mine.shape != value.shape]
+    if not any(wrong.values()):
+        state_dict = {key: value.to(mine.dtype).contiguous() for key, (mine, value) in both.items()}
+        wrong["with values that are not finite"] = [key for key, value in state_dict.items() if not value.isfinite().all()]
     if any(wrong.values()):
         details = "; ".join(f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
                             for kind, keys in wrong.items() if keys)
         raise UserError(f"{path} does not fit the architecture {arch}: {details}")
-    model.load_state_dict({key: value.to(own[key].dtype) for key, value in state_dict.items()}, assign=True)
+    model.load_state_dict(state_dict, assign=True)
+
+
+def is_plain(value, dtype: torch.dtype) -> bool:
+    """Whether a value is a dense tensor in memory of this type, or both are floating point."""
+    floats = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    return (torch.is_tensor(value) and not value.is_nested and value.layout == torch.strided and value.device.type == "cpu"
+            and (value.dtype == dtype or value.dtype in floats and dtype in floats))

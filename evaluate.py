@@ -210,10 +210,12 @@ def read_histories(args, models: list) -> list[SimpleNamespace]:
             with open(path, newline="", encoding="utf-8") as file:
                 rows = [{"epoch": int(row["epoch"]), **{key: float(row[key] or "nan") for key in CURVES}}
                         for row in csv.DictReader(file)]
+            if any(math.isinf(number) or number > 1e9 for row in rows for number in row.values()):
+                raise ValueError
             with_val = [row for row in rows if not math.isnan(row["val_loss"])]
             best = min(with_val, key=lambda row: row["val_loss"]) if with_val else rows[-1]
             best = next((row for row in rows if row["epoch"] == saved.get(path.resolve())), best)
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, OverflowError, csv.Error):
             raise UserError(f"{path} is no history of train.py, with numbers under epoch, train_loss, train_acc, ...") from None
         histories.append(SimpleNamespace(path=path, name=name, rows=rows, best=best))
     return histories

@@ -175,7 +175,7 @@ def record_writer(form: str, classes: list[str], top_k: int):
 
     def write_table(path, best, error):
         path = path if path.isprintable() else repr(path)
-        columns = "  ".join(f"{p:7.2%} {name:<{width}}" for name, p in best)
+        columns = "  ".join(f"{p:7.2%} {name if name.isprintable() else repr(name):<{width}}" for name, p in best)
         print(f"{columns}  {path}" if best else f"error:  {path} ({error})")
 
     def write_jsonl(path, best, error):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import io
@@ -19,11 +20,15 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
+import stat
 import sys
 import tarfile
+import threading
 import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
@@ -162,7 +167,8 @@ def describe_request(args) -> dict:
         files = [args.source]
         if args.source.is_dir():
             files = [Path(root, name) for root, names in walk(args.source) for name in names]
-        stats = "".join(f"{os.fsencode(f)!r} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
+        looks = [(f, f.stat() if f.exists() else f.lstat()) for f in files]  # a link may lead nowhere
+        stats = "".join(f"{os.fsencode(f)!r} {look.st_size} {look.st_mtime_ns}\n" for f, look in looks)
         content = hashlib.sha256(stats.encode()).hexdigest()
     else:
         source, content = args.url or "synthetic", args.sha256 or args.md5
@@ -185,8 +191,8 @@ def is_done(args, out: Path, request: dict) -> bool:
     if args.force:
         return False
     try:
-        before = json.loads((out / REQUEST_FILE).read_text())
-    except (OSError, ValueError):
+        before = dict(json.loads((out / REQUEST_FILE).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
         before = {}
     different = [key for key in request if before.get(key) != request[key]]
     told = ", ".join(f"{key} was {before.get(key)}, is {request[key]}" for key in different if key not in ("content", "splits"))
@@ -209,7 +215,8 @@ def read_splits_csv(path: Path) -> list[dict]:
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.DictReader(file))
-        if all(row["split"] in SPLITS and row["sha256"] and row["class"] and row["path"] for row in rows):
+        if all(row["split"] in SPLITS and row["sha256"] and row["class"] not in (None, "", "..") and "/" not in row["class"]
+               and row["path"] and ".." not in PurePosixPath(row["path"]).parts for row in rows):
             return rows
     except (KeyError, csv.Error):
         pass
@@ -402,16 +409,26 @@ def check(records: list[dict], archive: Path | None, describe: bool = False) -> 
     with contextlib.ExitStack() as stack:
         run = map  # in this process, where starting others takes longer than the work
         if len(chunks) > 5:
-            run = stack.enter_context(ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))).map
+            spawn = multiprocessing.get_context("spawn")
+            run = stack.enter_context(ProcessPoolExecutor(mp_context=spawn, initializer=follow)).map
         progress = stack.enter_context(Progress("check", len(records), every=10))
         stamp = archive.stat().st_mtime_ns if archive else 0
         look = functools.partial(check_files, archive=archive and (str(archive), stamp), describe=describe)
-        for chunk, results in zip(chunks, run(look, [[(r["file"], r["member"]) for r in chunk] for chunk in chunks])):
-            for record, result in zip(chunk, results):
-                record.update(result)
-            progress.update(len(chunk))
+        try:
+            for chunk, results in zip(chunks, run(look, [[(r["file"], r["member"]) for r in chunk] for chunk in chunks])):
+                for record, result in zip(chunk, results):
+                    record.update(result)
+                progress.update(len(chunk))
+        except BrokenProcessPool:
+            raise UserError("a process that checks images was killed, perhaps for want of memory; run it again") from None
     open_zip.cache_clear()
     return [record for record in records if "reason" in record]
+
+
+def follow():
+    """In a process that checks images: leave it to the one that started it to answer signals, and end when it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def check_files(files: list[tuple[str, int | None]], archive: tuple | None, describe: bool) -> list[dict]:
@@ -419,7 +436,13 @@ def check_files(files: list[tuple[str, int | None]], archive: tuple | None, desc
     results = []
     for file, member in files:
         if member is None:
-            content = Path(file).read_bytes()
+            try:
+                if not stat.S_ISREG(os.stat(file).st_mode):  # a named pipe would be waited for for ever
+                    raise OSError(errno.EINVAL, "not a regular file")
+                content = Path(file).read_bytes()
+            except OSError as error:
+                results.append({"sha256": None, "reason": error.strerror})
+                continue
         else:
             with damage_is_named(archive[0]):
                 zipped = open_zip(*archive)

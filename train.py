@@ -33,11 +33,12 @@ from types import SimpleNamespace
 
 import PIL
 
-from common import (CHECKPOINT_FORMAT, FORMAT_VERSION, RANK, RUN_FORMAT, SPLITS, VIEWS, WORLD, FrozenModel, ImageError,
-                    LazyModule, Progress, UserError, add_hardware_options, build_model, class_folders, command, file_hash,
-                    find_head, fraction, is_checkpoint, load_weights, locked, log, make_parser, not_negative, one_line,
-                    pick_device, positive_float, positive_int, read_batches, read_checkpoint, read_image, read_split,
-                    read_torch_file, reader_threads, replacing, resize, seed_number, torch, torchvision, turn)
+from common import (CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, LARGEST_SIZE, RANK, RUN_FORMAT, SPLITS, VIEWS, WORLD,
+                    FrozenModel, ImageError, LazyModule, Progress, UserError, add_hardware_options, build_model,
+                    checkpoint_precision, class_folders, command, file_hash, find_head, fraction, is_checkpoint, load_weights,
+                    locked, log, make_parser, not_negative, one_line, pick_device, positive_float, positive_int, read_batches,
+                    read_checkpoint, read_image, read_split, read_torch_file, reader_threads, replacing, resize, seed_number,
+                    signals_held, torch, torchvision, turn, whole_steps)
 
 v2 = LazyModule("torchvision.transforms.v2")
 IMBALANCED = 5  # the largest class has so many times the images of the smallest: worth a warning
@@ -54,6 +55,9 @@ def parse_args(argv):
                        help="folder for the results (default: runs/<name of the data folder>)")
     group.add_argument("--resume", action="store_true", help="continue the unfinished run in OUT; without one, start")
     group.add_argument("--restart", action="store_true", help="discard the unfinished run in OUT and start anew")
+    group.add_argument("--only-if-better", action="store_true",
+                       help="replace the model.pt in OUT, and the history beside it, only if the new model's accuracy on val "
+                            "is at least that of the old one on the same images; otherwise the exit code is 5")
     group = parser.add_argument_group("model")
     group.add_argument("--arch", default="resnet50", help="any torchvision classification model")
     group.add_argument("--list-archs", action="store_true", help="print the names that --arch takes, and end")
@@ -117,6 +121,8 @@ def parse_args(argv):
         "--compile", action="store_true", help="compile the network first: pays after some thousand images on a CPU, and "
         "needs a C++ compiler")
     args = parser.parse_args(argv)
+    if args.image_size and args.image_size > LARGEST_SIZE:
+        parser.error(f"--image-size {args.image_size} is above {LARGEST_SIZE}")
     if args.resume and args.restart:
         parser.error("--resume and --restart exclude each other")
     augment = [args.augment] if isinstance(args.augment, str) else args.augment
@@ -148,13 +154,14 @@ def main(argv=None):
         print("\n".join(architectures()))
         return
     device = join_processes(pick_device(args.device))
-    with contextlib.ExitStack() as lock:
+    with contextlib.ExitStack() as lock, told_way_on():
         job = share(lambda: prepare(args, lock))
         frozen = FrozenModel(job.model, job.preprocessing, len(job.classes), device, args.precision, args.compile)
         key = feature_key(job.model, job.model_kwargs, frozen, args.arch)
         settings = run_settings(args, job, key)
         if job.unfinished:
             check_resumable(args, job.unfinished, settings)
+        rival_acc = job.rival and measure_rival(job, device, args)
         data = extract_features(frozen, job, key, args)
         deadline = start + 60 * (args.max_minutes or math.inf)
         if args.finetune == "head":
@@ -171,14 +178,31 @@ def main(argv=None):
         run = max(runs, key=lambda run: score(run["best"]))
         head.load_state_dict(run["best"]["weights"])
         fold_standardisation(head, frozen.model.get_submodule(frozen.cut[0]))
-        write_history(args.out / "history.csv", run["history"])
-        save_model(args, frozen, job, run["best"], config)
+        row = run["best"]["row"]
+        better = rival_acc is None or row["val_acc"] >= rival_acc
+        if better:
+            write_history(args.out / "history.csv", run["history"])
+            save_model(args, frozen, job, run["best"], config)
         save_last(args, settings, finished=True)
-    row = run["best"]["row"]
     print(json.dumps({"model": str(args.out / "model.pt"), "history": str(args.out / "history.csv"), "arch": args.arch,
                       "epochs": len(run["history"]), "best_epoch": row["epoch"],
                       **{f"{split}_acc": row[f"{split}_acc"] for split in SPLITS}, **spread(runs),
-                      **({"tuned": config} if args.tune else {}), "seconds": round(time.monotonic() - start, 1)}))
+                      **({"tuned": config} if args.tune else {}),
+                      **({"kept_old": not better, "old_val_acc": rival_acc} if args.only_if_better else {}),
+                      "seconds": round(time.monotonic() - start, 1)}))
+    if not better:
+        log(f"kept the old {args.out / 'model.pt'}: accuracy on val {rival_acc:.4f}, of the new model {row['val_acc']:.4f}")
+        return EXIT_KEPT_OLD
+
+
+@contextlib.contextmanager
+def told_way_on():
+    """Where the block is interrupted, tell how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        log("stopped; the same command with --resume goes on after the last finished epoch, and knows the features so far")
+        raise
 
 
 # ---------------------------------------------------------------- several processes
@@ -226,10 +250,12 @@ def prepare(args, lock: contextlib.ExitStack) -> SimpleNamespace:
     classes, splits = read_tree(args)
     args.out.mkdir(parents=True, exist_ok=True)
     lock.enter_context(locked(args.out / ".lock"))
-    unfinished = read_unfinished(args)
+    for leftover in args.out.glob(".*.tmp"):  # of a killed run
+        leftover.unlink()
+    unfinished, rival = read_unfinished(args), read_rival(args, classes)
     model, preprocessing, model_kwargs = load_pretrained(args, len(classes))
     files = {split: hash_files(paths, args.workers) for split, (paths, _) in splits.items()}
-    return SimpleNamespace(classes=classes, splits=splits, files=files, unfinished=unfinished, model=model,
+    return SimpleNamespace(classes=classes, splits=splits, files=files, unfinished=unfinished, rival=rival, model=model,
                            preprocessing=preprocessing, model_kwargs=model_kwargs)
 
 
@@ -249,7 +275,7 @@ def read_tree(args):
         if absent := [name for index, name in enumerate(classes) if index not in set(targets)]:
             log(f"warning: {data / split} has no images of {', '.join(absent)}")
     if "val" not in splits:
-        if wanted := [f"--{name}" for name in ("tune", "patience") if getattr(args, name)]:
+        if wanted := [f"--{name}" for name in ("tune", "patience", "only-if-better") if getattr(args, name.replace("-", "_"))]:
             raise UserError(f"{' and '.join(wanted)} choose on val, and {data} has no val/; prepare_data.py makes one")
         log(f"{data} has no val/: nothing is selected; the last epoch is the model, the temperature is 1")
     counts = {name: int(count) for name, count in zip(classes, splits["train"][1].bincount(minlength=len(classes)))}
@@ -270,10 +296,16 @@ def read_unfinished(args) -> dict | None:
     if args.restart or not last.exists():
         state = {"finished": True}
     else:
-        state = read_torch_file(last)
-        if state.get("format") != RUN_FORMAT or state.get("version") != FORMAT_VERSION:
+        try:
+            state = read_torch_file(last)
+        except UserError as error:
+            raise UserError(f"{error}; discard it with --restart") from None
+        kinds = {"settings": dict, "config": dict, "runs": list, "history": list, "best": dict, "optimizer": dict,
+                 "weights": dict}
+        if (state.get("format") != RUN_FORMAT or state.get("version") != FORMAT_VERSION or state.get("finished") is not True
+                and not all(isinstance(state.get(key), kind) for key, kind in kinds.items())):
             raise UserError(f"{last} is not the state of a run of this train.py; discard it with --restart")
-    if state["finished"]:
+    if state.get("finished"):
         if args.resume:
             log(f"nothing to resume in {args.out}: starting")
         return None
@@ -290,10 +322,41 @@ def check_resumable(args, state: dict, settings: dict):
         raise UserError(f"cannot resume {args.out}, for something differs: {'; '.join(different)}; discard it with --restart")
 
 
+def read_rival(args, classes: list[str]) -> tuple[dict, torch.nn.Module] | None:
+    """The checkpoint in OUT that --only-if-better compares with, if there is one; UserError where it has other classes."""
+    path = args.out / "model.pt"
+    if not args.only_if_better or not path.exists():
+        return None
+    checkpoint, model = read_checkpoint(path)
+    if different := sorted(set(classes) ^ set(checkpoint["classes"])):
+        raise UserError(f"--only-if-better: {path} cannot be compared, for not both it and {args.data} have the class "
+                        f"{', '.join(different[:5])}; choose another --out")
+    return checkpoint, model
+
+
+def measure_rival(job: SimpleNamespace, device: torch.device, args) -> float | None:
+    """The accuracy on val, 0..1, of the checkpoint in OUT; only the first process has it."""
+    log(f"--only-if-better: measuring {args.out / 'model.pt'} on val")
+    checkpoint, model = job.rival
+    classes = checkpoint["classes"]
+    precision = checkpoint_precision(checkpoint, args.precision)
+    frozen = FrozenModel(model, checkpoint["preprocessing"], len(classes), device, precision)
+    key = feature_key(model, checkpoint["model_kwargs"], frozen, checkpoint["arch"])
+    only_val = SimpleNamespace(splits={"val": job.splits["val"]}, files={"val": job.files["val"]})
+    data = extract_features(frozen, only_val, key, args)
+    if RANK:
+        return None
+    features, targets = data["val"]
+    wanted = torch.tensor([classes.index(name) for name in job.classes], device=targets.device)[targets]
+    right = sum((frozen.logits(rows.to(device, torch.float32)).argmax(1) == own.to(device)).sum().item()
+                for rows, own in zip(features[0].split(chunk_rows(features)), wanted.split(chunk_rows(features))))
+    return right / len(targets)
+
+
 def run_settings(args, job: SimpleNamespace, key: dict) -> dict:
     """All that shapes the result, as plain values: arguments, classes, digests of the images and of what features depend on."""
-    without = ("resume", "restart", "list_archs", "out", "workers", "cache", "no_cache", "cache_limit", "compile",
-               "max_minutes")
+    without = ("resume", "restart", "only_if_better", "list_archs", "out", "workers", "cache", "no_cache", "cache_limit",
+               "compile", "max_minutes")
     values = {name: value for name, value in plain_arguments(args).items() if name not in without}
     images = [(split, target, sha256) for split, (_, targets) in job.splits.items()
               for target, (sha256, _) in zip(targets.tolist(), job.files[split])]
@@ -439,7 +502,7 @@ def extract_features(frozen: FrozenModel, job: SimpleNamespace, key: dict, args)
     read, the rest goes through the backbone, once. Several processes share the work, and the first has the result.
     Raises ImageError at the first image that cannot be read.
     """
-    views = {split: VIEWS["none"] for split in job.splits}
+    views = {split: VIEWS["none"] for split in ("train", *job.splits)}
     if args.finetune == "head":
         views["train"] = VIEWS[args.augment]
     shapes = {split: (len(views[split]), len(targets), frozen.width) for split, (_, targets) in job.splits.items()}
@@ -480,14 +543,13 @@ def extract_features(frozen: FrozenModel, job: SimpleNamespace, key: dict, args)
 def compute_features(frozen: FrozenModel, job: SimpleNamespace, todo: list, args):
     """Run (split, row, [(number, view), ...]) through the backbone: yields (view, [(split, number, row, sha256)], features)."""
     waiting, paths = iter(todo), (job.splits[split][0][row] for split, row, _ in todo)
-    for batch in read_batches(paths, frozen.preprocessing, frozen.batch_size, args.workers):
+    for batch in whole_steps(read_batches(paths, frozen.preprocessing, frozen.batch_size, args.workers)):
         chosen = {}  # view -> the (pixels, place) pairs of this batch
         for (path, pixels), (split, row, numbered) in zip(batch, waiting):
             if isinstance(pixels, ImageError):
                 raise pixels
             sha256, stamp = job.files[split][row]
-            if file_stamp(path) != stamp:
-                raise ImageError(path, "it has changed since the run began; start again")
+            check_unchanged(path, stamp)
             for number, view in numbered:
                 chosen.setdefault(view, []).append((pixels, (split, number, row, sha256)))
         for view, pairs in chosen.items():
@@ -521,6 +583,11 @@ def file_stamp(path) -> tuple[int, int]:
     except OSError as error:
         raise ImageError(path, error.strerror) from None
     return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path, stamp: tuple[int, int]):
+    if file_stamp(path) != stamp:
+        raise ImageError(path, "it has changed since the run began; start again")
 
 
 def hash_weights(model: torch.nn.Module, without: str) -> str:
@@ -791,7 +858,7 @@ def fit(learner, configs: list[dict], splits, args, deadline: float = math.inf, 
             log(f"ended after epoch {done}: " + ("no time for more" if done >= fitting else "none was better for long enough"))
             break
         losses, rates, own_smoothing = [], [], smoothing[active]
-        for step, (inputs, targets, share_of_step) in enumerate(learner.batches(epoch)):
+        for step, (inputs, targets, share_of_step) in enumerate(whole_steps(learner.batches(epoch))):
             for group in optimizer.param_groups:
                 planned = min(group["epochs"], fitting)
                 group["lr"] = group["peak"] * schedule(done + step / learner.steps, planned, args.warmup)
@@ -819,7 +886,8 @@ def fit(learner, configs: list[dict], splits, args, deadline: float = math.inf, 
             candidate = {"row": row, **{key: results.get("val", {}).get(key, 1.0) for key in ("temperature", "calibrated")}}
             if runs[index]["best"] is None or score(candidate) > score(runs[index]["best"]):
                 runs[index]["best"] = candidate | {"weights": learner.weights(index)}
-        after_epoch(runs[0], {"optimizer": optimizer.state_dict(), "weights": learner.weights(0), **runs[0]})
+        with signals_held():
+            after_epoch(runs[0], {"optimizer": optimizer.state_dict(), "weights": learner.weights(0), **runs[0]})
     return runs
 
 
@@ -1016,7 +1084,8 @@ def save_epoch(args, settings: dict, config: dict, runs: list[dict], run: dict, 
     log(f"epoch {row['epoch']}/{config['epochs']}  " + "  ".join(
         f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in SPLITS
         if row[f"{split}_loss"] is not None))
-    write_history(args.out / "history.csv", run["history"])
+    if not args.only_if_better:  # the history is that of the model.pt beside it
+        write_history(args.out / "history.csv", run["history"])
     save_last(args, settings, finished=False, config=config, runs=runs, **state)
 
 
@@ -1091,7 +1160,7 @@ class FineTuning:
         self.data = {split: (None, targets) for split, (_, targets) in job.splits.items()}
         count = len(self.data["train"][1])
         self.steps = min(math.ceil(count / args.batch_size), max(1, count // WORLD))  # no process is without an image
-        self.images = Images(job.splits, frozen, args.workers)
+        self.images = Images(job.splits, job.files, frozen, args.workers)
         frozen.compiled = False  # it changes with every epoch
         backbone = frozen.copy_backbone().eval().to(self.device, memory_format=torch.channels_last)
         backbone.requires_grad_(args.finetune == "all")
@@ -1175,9 +1244,10 @@ def tell_stage(backbone: torch.nn.Module, names: list[str]):
 class Images:
     """The pixels of all splits: on the device, as bytes at the size of their files, if they fit; else read again each time."""
 
-    def __init__(self, splits: dict, frozen: FrozenModel, workers: int | None):
+    def __init__(self, splits: dict, files: dict, frozen: FrozenModel, workers: int | None):
         self.splits, self.frozen = splits, frozen
         self.preprocessing, device = frozen.preprocessing, frozen.device
+        self.stamps = {path: stamp for split, (paths, _) in splits.items() for path, (_, stamp) in zip(paths, files[split])}
         self.workers = workers or (max(1, (os.cpu_count() or 1) // 4) if device.type == "cpu" else None)  # the rest computes
         self.resident = {}
         with ThreadPoolExecutor(reader_threads(workers)) as executor:
@@ -1197,9 +1267,10 @@ class Images:
 
     def read(self, paths, preprocessing: dict):
         for batch in read_batches(paths, preprocessing, self.frozen.batch_size, self.workers):
-            for _, pixels in batch:
+            for path, pixels in batch:
                 if isinstance(pixels, ImageError):
                     raise pixels
+                check_unchanged(path, self.stamps[path])
                 yield pixels
 
     def batches(self, split: str, chunks: list[torch.Tensor]):

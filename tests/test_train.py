@@ -2,8 +2,10 @@
 import csv
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -564,6 +566,89 @@ def test_compiled_is_the_same_function(run, trained, tree, tmp_path):
     run("train", "--data", tree, "--out", tmp_path / "out", "--epochs", 4, "--lr", 0.01, *SMALL, "--compile", "--no-cache")
     ours, theirs = (load(folder / "model.pt")["metrics"] for folder in (tmp_path / "out", trained.folder))
     assert ours["test_loss"] == pytest.approx(theirs["test_loss"], abs=1e-3)
+
+
+def test_only_if_better(run, hard_train, tmp_path):
+    """The old model stays, with its history and exit code 5, unless the new one is as good on today's val."""
+    out = tmp_path / "out"
+    args = ["--data", hard_train, "--out", out, "--only-if-better", *SMALL]
+    first = run("train", *args, "--epochs", 8, "--lr", 0.01).json
+    assert (first["kept_old"], first["old_val_acc"]) == (False, None) and len(history(out)) == 8
+    whole = {name: (out / name).read_bytes() for name in ("model.pt", "history.csv")}
+    worse = run("train", *args, "--epochs", 1, "--lr", 1e-9, code=5)
+    assert (worse.json["kept_old"], worse.json["old_val_acc"]) == (True, first["val_acc"]) and worse.json["val_acc"] < first["val_acc"]
+    assert "90 remembered" in worse.err and "kept the old" in worse.err  # the same backbone: no second pass over val's images
+    assert {name: (out / name).read_bytes() for name in whole} == whole and load(out / "last.pt")["finished"]
+    again = run("train", *args, "--epochs", 8, "--lr", 0.01).json
+    assert (again["kept_old"], again["old_val_acc"]) == (False, first["val_acc"])
+    tuned = run("train", *args, "--epochs", 2, "--finetune", "last", code=None).json
+    assert tuned["old_val_acc"] == first["val_acc"] and tuned["kept_old"] == (tuned["val_acc"] < first["val_acc"])
+
+
+def test_only_if_better_needs_something_to_compare(run, tree, trained, tmp_path):
+    """What cannot be compared is an error before any work; what was trained with another backbone, size or order can be."""
+    out = tmp_path / "out"
+    shutil.copytree(trained.folder, out)
+    args = ["--out", out, "--only-if-better", "--epochs", 1, *SMALL]
+    classes = make_tree(tmp_path / "classes", counts=(("train", 4), ("val", 4)), classes=["red", "green"])
+    error, = run("train", "--data", classes, *args, code=2).error
+    assert "class blue" in error and "model.pt" in error
+    unmeasured = make_tree(tmp_path / "unmeasured", counts=(("train", 4),))
+    assert "has no val/" in run("train", "--data", unmeasured, *args, code=2).error[0]
+    content = load(trained.model)
+    order = [2, 0, 1]
+    content["classes"] = [content["classes"][index] for index in order]
+    content["state_dict"] |= {key: content["state_dict"][key][order] for key in ("fc.weight", "fc.bias")}
+    content["preprocessing"]["size"] = 48
+    torch.save(content, out / "model.pt")
+    measured = run("evaluate", "--checkpoint", out / "model.pt", "--data", tree, "--split", "val", "--out", tmp_path / "report").json
+    assert run("train", "--data", tree, *args, code=None).json["old_val_acc"] == pytest.approx(measured["accuracy"])
+    (out / "model.pt").write_bytes(b"damaged")
+    assert "model.pt is damaged" in run("train", "--data", tree, *args, "--restart", code=2).error[0]
+
+
+@pytest.mark.parametrize("mode", ["head", "last"])
+def test_signals_finish_the_step(tree, tmp_path, mode):
+    """SIGTERM and SIGINT: the exit code, how to go on, last.pt at the last finished epoch, and nothing else left behind."""
+    line = [sys.executable, ROOT / "train.py", "--data", tree, "--out", tmp_path / "out", "--epochs", 9999, "--finetune", mode, *SMALL, "--resume"]
+    done = 0
+    for name, code in (("SIGTERM", 143), ("SIGINT", 130)):
+        process = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        told = []
+        while f"epoch {done + 3}/" not in (told or [""])[-1]:
+            told.append(process.stderr.readline())
+            assert told[-1], "".join(told)
+        process.send_signal(getattr(signal, name))
+        told += process.stderr.readlines()
+        assert process.wait() == code and "--resume" in told[-2] and told[-1] == "train.py: error: interrupted\n", "".join(told)
+        before, done = done, len(load(tmp_path / "out" / "last.pt")["history"])
+        assert done >= before + 3 and (not before or f"resumed after epoch {before}\n" in "".join(told))
+        assert [int(row["epoch"]) for row in history(tmp_path / "out")] == list(range(1, done + 1))
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["history.csv", "last.pt"]
+
+
+def test_a_second_signal_ends_at_once():
+    """The first waits for the end of the step, the second does not."""
+    import common
+    ended, previous = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, common.receive_signal)
+    try:
+        with pytest.raises(KeyboardInterrupt) as first:
+            for step in common.whole_steps(range(3)):
+                if step == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                ended.append(step)
+        assert ended == [0, 1] and first.value.args == (143,)
+        with pytest.raises(KeyboardInterrupt):
+            for step in common.whole_steps(range(3)):
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+                ended.append("after the second")
+        assert ended == [0, 1]
+        with pytest.raises(KeyboardInterrupt):  # no steps, nothing to wait for
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def test_a_second_run_waits_outside(run, tree, tmp_path):
