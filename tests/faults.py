@@ -90,14 +90,17 @@ class Faults:
             if code == 143 and "--resume" not in told:
                 problems.append(f"SIGTERM without a word on --resume: {told}")
             resumed += kills > 0 and not problems
-            epochs, found = self.check(out, epochs, code)
+            epochs, finished, found = self.check(out, epochs, code)
             problems += [f"kill {kills + 1}, by {number.name}, exit code {code}: {problem}" for problem in found]
-            kills += code != 0
-            if code == 0 or problems:
+            kills += not finished  # a kill that came too late is none
+            if finished or problems:
                 return kills, resumed, problems
 
-    def check(self, out: Path, before: int, code: int) -> tuple[int, list[str]]:
-        """The number of epochs in last.pt, and all that is wrong in a folder whose run had `before` epochs and ended now."""
+    def check(self, out: Path, before: int, code: int) -> tuple[int, bool, list[str]]:
+        """The number of epochs in last.pt, whether the run has finished, and all that is wrong in its folder.
+
+        Before this run it had `before` epochs, and it ended with exit code `code`.
+        """
         import torch
         from common import Locked, locked
         problems = []
@@ -108,7 +111,7 @@ class Faults:
             model, old, new = (torch.load(folder / "model.pt", weights_only=True) for folder in (out, self.folder / "old", self.folder / "whole"))
             rows, old_rows, new_rows = (read_history(folder) for folder in (out, self.folder / "old", self.folder / "whole"))
         except (Exception, Locked) as error:
-            return before, [f"{type(error).__name__}: {error}"]
+            return before, False, [f"{type(error).__name__}: {error}"]
         epochs = len(last.get("history", new_rows if same(model, new) else []))
         finished = epochs == len(new_rows) and last["finished"]
         if epochs < before or code == 0 and not finished:
@@ -122,7 +125,7 @@ class Faults:
         strays = names - {"model.pt", "last.pt", "history.csv"}
         if any(code >= 0 or not name.endswith((".lock", ".tmp")) for name in strays):
             problems.append(f"left behind: {', '.join(strays)}")
-        return epochs, problems
+        return epochs, finished, problems
 
 
 def read_history(folder: Path) -> list[dict]:
