@@ -201,10 +201,11 @@ def measure_finetune(args):
     paths, targets = splits["train"]
     chosen = torch.arange(0, len(paths), max(1, len(paths) // args.images))[:args.images]
     splits = {"train": ([paths[row] for row in chosen.tolist()], targets[chosen])}
+    files = {"train": train.hash_files(splits["train"][0], None)}
     model, preprocessing, _ = train.load_pretrained(options, len(classes))
     frozen = FrozenModel(model, preprocessing, len(classes), pick_device(args.device), args.precision)
     head = train.standardised_head(frozen, torch.randn(1, 64, frozen.width))
-    learner = train.FineTuning(frozen, head, SimpleNamespace(splits=splits, classes=classes), options)
+    learner = train.FineTuning(frozen, head, SimpleNamespace(splits=splits, files=files, classes=classes), options)
     optimizer = torch.optim.Adam(learner.groups([train.plain_config(options) | {"backbone_lr": 1e-4}]))
 
     def epoch(batches):
