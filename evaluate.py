@@ -427,6 +427,7 @@ def describe(model: SimpleNamespace, paths: list[str], prefix: str) -> list[Sect
     claimed, surest = numbers["mean_probability"], numbers["coverage"][-1]
     verdict = ("that is within the interval of the accuracy" if low <= claimed <= high else
                f"it is {'too sure' if claimed > accuracy else 'not sure enough'} by {100 * abs(claimed - accuracy):.1f} points")
+    reason = "it is that of single views" if len(model.views) > 1 else "perhaps val is small, or of another kind"
     chosen, note = pick_shown(model)
     rows = [numbers["per_class"][index] for index in chosen]
     plot_estimates(model.folder / "per_class.png", [f"{shorten(row['class'])} ({row['support']:,})" for row in rows],
@@ -448,6 +449,8 @@ def describe(model: SimpleNamespace, paths: list[str], prefix: str) -> list[Sect
             for pair in numbers["confused_pairs"][:5]], picture=model.folder / "confusion_matrix.png"),
         Section(f"{prefix}Is a high probability deserved?", [
             f"On average an answer claims a probability of {claimed:.1%}, and {accuracy:.1%} are right: {verdict}.",
+            *([f"The temperature, fitted on val, does not help here: {reason}."]
+              if numbers["nll"] > numbers["nll_uncalibrated"] else []),
             *([f"{surest['n']:,} answers claim {surest['threshold']:.0%} or more; of these {surest['accuracy']:.2%} are right."]
               if surest["n"] else [])],
             [["", "uncalibrated", f"calibrated (temperature {numbers['temperature']:.3f})"],
@@ -490,7 +493,7 @@ def describe_curves(histories: list, picture: Path) -> list[Section]:
         if not math.isnan(gap):
             lowest = min(history.rows, key=lambda row: row[loss])
             rises = f"rises after epoch {lowest['epoch']}" if last[loss] > 1.02 * lowest[loss] else "does not rise"
-            verdict = "no sign of overfitting" if gap < 0.01 else "it overfits a little" if gap < 0.05 else "it overfits"
+            verdict = "no sign of overfitting there" if gap < 0.01 else "it overfits a little" if gap < 0.05 else "it overfits"
             words += (f" Accuracy is {best['train_acc']:.2%} on train and {best[f'{other}_acc']:.2%} on {other}, a gap of "
                       f"{100 * gap:.2f} points: {verdict}; the loss on {other} {rises}.")
         numbers = {"gap": gap, **{f"{split}_acc": best[f"{split}_acc"] for split in SPLITS}}

@@ -257,7 +257,9 @@ class Album:
             left, *middle, right = cells[number * len(ratios):][:len(ratios)]
             for axes in (left, *middle):
                 axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
-            if heat is not None:  # of the centre square, which is what the network saw
+            if heat is not None and not heat.any():
+                middle[0].set_title("nothing spoke for it", fontsize=8, color="0.35")
+            elif heat is not None:  # of the centre square, which is what the network saw
                 (width, height), side = image.size, min(image.size)
                 x, y = (width - side) / 2 - 0.5, (height - side) / 2 - 0.5
                 middle[0].imshow(heat.tolist(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, interpolation="bilinear",

@@ -182,11 +182,11 @@ def main(argv=None):
         better = rival_acc is None or row["val_acc"] >= rival_acc
         if better:
             write_history(args.out / "history.csv", run["history"])
-            save_model(args, frozen, job, run["best"], config)
+            save_model(args, frozen, job, run["best"], config | {"seed": run.get("seed", args.seed)})
         save_last(args, settings, finished=True)
     print(json.dumps({"model": str(args.out / "model.pt"), "history": str(args.out / "history.csv"), "arch": args.arch,
                       "epochs": len(run["history"]), "best_epoch": row["epoch"],
-                      **{f"{split}_acc": row[f"{split}_acc"] for split in SPLITS}, **spread(runs),
+                      **{f"{split}_acc": row[f"{split}_acc"] for split in SPLITS}, **spread(runs, run),
                       **({"tuned": config} if args.tune else {}),
                       **({"kept_old": not better, "old_val_acc": rival_acc} if args.only_if_better else {}),
                       "seconds": round(time.monotonic() - start, 1)}))
@@ -326,6 +326,8 @@ def read_rival(args, classes: list[str]) -> tuple[dict, torch.nn.Module] | None:
     """The checkpoint in OUT that --only-if-better compares with, if there is one; UserError where it has other classes."""
     path = args.out / "model.pt"
     if not args.only_if_better or not path.exists():
+        if args.only_if_better:
+            log(f"--only-if-better: no {path} yet")
         return None
     checkpoint, model = read_checkpoint(path)
     if different := sorted(set(classes) ^ set(checkpoint["classes"])):
@@ -855,7 +857,8 @@ def fit(learner, configs: list[dict], splits, args, deadline: float = math.inf, 
         plans = [min(config["epochs"], fitting) for config in configs]
         active = [index for index, run in enumerate(runs) if done < plans[index] and not out_of_patience(run, args)]
         if not active:
-            log(f"ended after epoch {done}: " + ("no time for more" if done >= fitting else "none was better for long enough"))
+            log(f"ended after epoch {done}: " + ("no time for more" if done >= fitting else
+                                              f"{args.patience} epochs without a lower val loss at its best temperature"))
             break
         losses, rates, own_smoothing = [], [], smoothing[active]
         for step, (inputs, targets, share_of_step) in enumerate(whole_steps(learner.batches(epoch))):
@@ -1074,7 +1077,7 @@ def train_heads(head, data: dict, args, settings: dict, deadline: float, state: 
         saver = functools.partial(save_epoch, args, settings, config, runs)
         until = time.monotonic() + (deadline - time.monotonic()) / (args.seeds - len(runs))  # the same time for all
         run, = fit(learner, [config], list(data), args, until, state, saver)
-        runs, state = [*runs, run], None
+        runs, state = [*runs, run | {"seed": seed}], None
     return config, runs
 
 
@@ -1083,19 +1086,19 @@ def save_epoch(args, settings: dict, config: dict, runs: list[dict], run: dict, 
     row = run["history"][-1]
     log(f"epoch {row['epoch']}/{config['epochs']}  " + "  ".join(
         f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in SPLITS
-        if row[f"{split}_loss"] is not None))
+        if row[f"{split}_loss"] is not None) + ("  best so far" if run["best"]["row"]["epoch"] == row["epoch"] else ""))
     if not args.only_if_better:  # the history is that of the model.pt beside it
         write_history(args.out / "history.csv", run["history"])
     save_last(args, settings, finished=False, config=config, runs=runs, **state)
 
 
-def spread(runs: list[dict]) -> dict:
+def spread(runs: list[dict], saved: dict) -> dict:
     """Mean and standard deviation over the seeds of val and test accuracy, for the result line; told on stderr too."""
     if len(runs) < 2:
         return {}
-    result = {"seeds": len(runs)}
-    if runs[0]["best"]["row"]["val_acc"] is None:
-        log("without val nothing is chosen: the model of the first seed is saved")
+    result = {"seeds": len(runs), "best_seed": saved["seed"]}
+    log(f"the model of seed {saved['seed']} is the best on val" if saved["best"]["row"]["val_acc"] is not None else
+        f"without val nothing is chosen: the model is that of seed {saved['seed']}")
     for split in ("val", "test"):
         values = [run["best"]["row"][f"{split}_acc"] for run in runs]
         if None not in values:
@@ -1138,8 +1141,8 @@ def finetune(frozen: FrozenModel, head, first: dict, job: SimpleNamespace, args,
         raise UserError(f"no memory on {frozen.device} for batches of {args.batch_size} images of "
                         f"{frozen.preprocessing['size']} pixels: {advice}") from None
     if "val" in job.splits and score(run["best"]) < score(first):
-        log("warning: on val, no epoch of fine-tuning is better than the classifier alone: try more --epochs, another "
-            "--backbone-lr, or --finetune head")
+        log("warning: on val, no epoch of fine-tuning is better than the classifier alone; the best of them is saved all the "
+            "same. Try more --epochs, another --backbone-lr, or --finetune head")
     weights = run["best"]["weights"]
     frozen.update(strip("backbone.", weights))
     run["best"] |= {"weights": strip("head.", weights)}
