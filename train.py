@@ -817,8 +817,8 @@ class Heads:
     def weights(self, index: int) -> dict:
         return {key: value.clone() for key, value in self.heads[index].state_dict().items()}
 
-    def load(self, weights: dict, index: int = 0):
-        self.heads[index].load_state_dict(weights)
+    def load(self, weights: dict):
+        self.heads[0].load_state_dict(weights)
 
 
 def parameter_groups(parameters, lr: float, config: dict) -> list[dict]:
@@ -830,13 +830,13 @@ def parameter_groups(parameters, lr: float, config: dict) -> list[dict]:
 
 
 def fit(learner, configs: list[dict], splits, args, deadline: float = math.inf, state: dict | None = None,
-        after_epoch=lambda run, state: None) -> list[dict]:
+        after_epoch=None) -> list[dict]:
     """Train the learner's models, one per configuration, with cross entropy: {"history": [...], "best": {...}} of each.
 
     The learning rate rises over --warmup epochs and falls to 0 along a cosine. Where `deadline` (of time.monotonic) leaves
     no time for all epochs, the cosine is shortened to those that fit; the first is always finished. After each epoch
-    `splits` are measured and `after_epoch(run, state)` is called for the first model; its state, given to a later call,
-    continues. Raises UserError when the loss of a single model is not finite; one of several is then just the worst.
+    `splits` are measured and `after_epoch(run, state)`, if given, is called for the first model; its state, given to a
+    later call, continues. Raises UserError when the loss of a single model is not finite; one of several is just the worst.
     """
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     optimizer = kind(learner.groups(configs), fused=learner.device.type != "mps")
@@ -889,8 +889,9 @@ def fit(learner, configs: list[dict], splits, args, deadline: float = math.inf, 
             candidate = {"row": row, **{key: results.get("val", {}).get(key, 1.0) for key in ("temperature", "calibrated")}}
             if runs[index]["best"] is None or score(candidate) > score(runs[index]["best"]):
                 runs[index]["best"] = candidate | {"weights": learner.weights(index)}
-        with signals_held():
-            after_epoch(runs[0], {"optimizer": optimizer.state_dict(), "weights": learner.weights(0), **runs[0]})
+        if after_epoch:
+            with signals_held():
+                after_epoch(runs[0], {"optimizer": optimizer.state_dict(), "weights": learner.weights(0), **runs[0]})
     return runs
 
 
@@ -1081,12 +1082,17 @@ def train_heads(head, data: dict, args, settings: dict, deadline: float, state: 
     return config, runs
 
 
+def told(row: dict) -> str:
+    """A row of the history in words: loss and accuracy of the splits that were measured."""
+    return "  ".join(f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in SPLITS
+                     if row[f"{split}_loss"] is not None)
+
+
 def save_epoch(args, settings: dict, config: dict, runs: list[dict], run: dict, state: dict):
     """Tell of the last epoch of a run, and write OUT/history.csv and OUT/last.pt; `runs` are finished ones."""
     row = run["history"][-1]
-    log(f"epoch {row['epoch']}/{config['epochs']}  " + "  ".join(
-        f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in SPLITS
-        if row[f"{split}_loss"] is not None) + ("  best so far" if run["best"]["row"]["epoch"] == row["epoch"] else ""))
+    best = "  best so far" if run["best"]["row"]["epoch"] == row["epoch"] else ""
+    log(f"epoch {row['epoch']}/{config['epochs']}  {told(row)}{best}")
     if not args.only_if_better:  # the history is that of the model.pt beside it
         write_history(args.out / "history.csv", run["history"])
     save_last(args, settings, finished=False, config=config, runs=runs, **state)
@@ -1119,9 +1125,7 @@ def train_first_head(frozen: FrozenModel, data: dict, args) -> tuple[torch.nn.Se
     learner = Heads(standardised_head(frozen, data["train"][0]), data, args, args.seed)
     config, others = plain_config(args) | {"epochs": FIRST_EPOCHS}, [split for split in data if split != "train"]
     run, = fit(learner, [config], others, SimpleNamespace(**{**vars(args), "patience": None}))
-    row = run["best"]["row"]
-    log(f"the classifier alone, {FIRST_EPOCHS} epochs: " + "  ".join(
-        f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in others))
+    log(f"the classifier alone, {FIRST_EPOCHS} epochs: {told(run['best']['row'])}")
     learner.load(run["best"].pop("weights"))
     return learner.heads[0].cpu(), run["best"]
 
@@ -1133,7 +1137,7 @@ def finetune(frozen: FrozenModel, head, first: dict, job: SimpleNamespace, args,
     """
     config = plain_config(args) | {"backbone_lr": args.backbone_lr}
     learner = FineTuning(frozen, head, job, args)
-    save = functools.partial(save_epoch, args, settings, config, []) if RANK == 0 else lambda run, state: None
+    save = functools.partial(save_epoch, args, settings, config, []) if RANK == 0 else None
     try:
         run, = fit(learner, [config], list(job.splits), args, deadline, job.unfinished, save)
     except torch.OutOfMemoryError:
@@ -1158,7 +1162,7 @@ class FineTuning:
     spread_out = True  # over all processes
 
     def __init__(self, frozen: FrozenModel, head: torch.nn.Sequential, job: SimpleNamespace, args):
-        self.frozen, self.device, self.job, self.args = frozen, frozen.device, job, args
+        self.frozen, self.device, self.args = frozen, frozen.device, args
         self.clip_norm, self.classes = args.clip_norm, len(job.classes)
         self.data = {split: (None, targets) for split, (_, targets) in job.splits.items()}
         count = len(self.data["train"][1])
@@ -1182,7 +1186,7 @@ class FineTuning:
             self.run = torch.nn.parallel.DistributedDataParallel(self.network)
         if args.compile:
             self.run = torch.compile(self.run)
-        self.measured = None
+        self.trained = True  # since the frozen model has last taken its weights
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images [B, 3, S, S] -> logits [B, classes]; the head computes in float32."""
@@ -1207,7 +1211,7 @@ class FineTuning:
         torch.manual_seed(hash((self.args.seed, epoch, RANK)))  # dropout too
         for module in self.learning:
             module.training = True
-        self.measured = None
+        self.trained = True
         for rows, own, pixels in zip(steps, mine, self.images.batches("train", mine)):
             images, wanted = augment(self.frozen, pixels, targets[own].to(self.device), self.args, self.classes)
             yield images.contiguous(memory_format=torch.channels_last), wanted, len(own) * WORLD / len(rows)
@@ -1217,10 +1221,10 @@ class FineTuning:
 
     def split_logits(self, split: str, active: list[int]):
         """Yield (logits [B, 1, classes], class indices [B]) of this process's share of a split, of train a sample."""
-        if self.measured is None:
+        if self.trained:
             self.network.eval()
             self.frozen.update(self.network.backbone.state_dict())
-            self.measured = True
+            self.trained = False
         _, targets = self.data[split]
         rows = torch.arange(0, len(targets), math.ceil(len(targets) / TRAIN_SAMPLE) if split == "train" else 1)[RANK::WORLD]
         chunks = [chunk for chunk in rows.split(self.frozen.batch_size) if len(chunk)]
