@@ -152,8 +152,15 @@ def recover(out: Path, staging: Path, old: Path):
     """Clear what a killed run has left beside OUT; if it died between moving the old tree out and the new one in, undo that."""
     if old.exists() and not out.exists():
         old.rename(out)
-    for leftover in (staging, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(staging, ignore_errors=True)
+    discard(old, staging)
+
+
+def discard(old: Path, staging: Path):
+    """Remove the tree that was replaced, under the other name, so that what bears the name `old` is whole at any moment."""
+    if old.exists():
+        old.rename(staging)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def describe_request(args) -> dict:
@@ -667,7 +674,7 @@ def replace_tree(staging: Path, out: Path, old: Path):
     if out.exists():
         out.rename(old)
     staging.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    discard(old, staging)
 
 
 def summary(records: list[dict]) -> dict:

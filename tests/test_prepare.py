@@ -432,6 +432,25 @@ def test_killed_at_any_moment(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "s.zip", "source"]
 
 
+def test_killed_while_the_old_tree_is_removed(run, source, tmp_path):
+    """What is left of a replaced tree never comes back, not even when the new one is then removed by hand."""
+    out = tmp_path / "out"
+    run("prepare_data", "--source", source, "--out", out)
+    dying = ("import os, pathlib, shutil, sys, prepare_data\n"
+             "def rmtree(path, **options):\n"
+             "    list_of_files = pathlib.Path(path, 'splits.csv')\n"
+             "    if list_of_files.exists():\n"
+             "        list_of_files.unlink()\n"
+             "        os._exit(9)\n"
+             "shutil.rmtree = rmtree\n"
+             "prepare_data.main(sys.argv[1:])\n")
+    killed = subprocess.run([sys.executable, "-c", dying, "--source", source, "--out", out, "--force", "--seed", "1"], cwd=ROOT)
+    assert killed.returncode == 9 and len(rows(out)) == 60
+    shutil.rmtree(out)
+    run("prepare_data", "--source", source, "--out", out, "--seed", 2)
+    assert len(rows(out)) == 60 and sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
 def test_synthetic_is_seeded(run, tmp_path):
     result = run("prepare_data", "--synthetic", "--per-class", 4, "--out", tmp_path / "a", "--val", 0.25, "--test", 0.25)
     assert (result.json["images"], result.json["classes"], result.json["test"]) == (40, 10, 10)
