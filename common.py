@@ -41,7 +41,8 @@ SPLITS = ("train", "val", "test")
 # Views of an image, (quarter turns, mirrored), the image as it is first; dihedral is all symmetries of a square.
 VIEWS = {"none": [(0, False)], "flip": [(0, False), (0, True)],
          "dihedral": [(turns, mirrored) for mirrored in (False, True) for turns in range(4)]}
-TTA_HELP = "average the probabilities of the views that the model was trained with (test-time augmentation); a pass for each"
+TTA_HELP = ("average the probabilities of the views that the model was trained with (test-time augmentation), a pass for "
+            "each; a model trained without views is refused")
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of the processes that torchrun started
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 LARGEST_SIZE = 4096  # side in pixels of the images that a network is given

@@ -637,7 +637,7 @@ def plot_reliability(path: Path, numbers: dict):
             lower.bar([(row["bin"] + 0.3 + 0.4 * side) / BINS for row in bins], counts, 0.4 / BINS, color=colour)
         upper.set(title=f"Is a high probability deserved? {BINS} bins, with 95% intervals", ylabel="accuracy", xlim=(0, 1),
                   ylim=(0, 1.01))
-        upper.legend(loc="upper left")
+        figure.legend(loc="outside lower center", ncols=3)
         upper.grid(alpha=0.25)
         lower.set(xlabel="probability of the answer", ylabel="images", yscale="log")
         lower.yaxis.set_major_formatter("{x:,.0f}")

@@ -19,7 +19,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from common import (EXIT_SOME_UNREADABLE, TTA_HELP, FrozenModel, ImageError, LazyModule, Progress, UserError,
                     add_hardware_options, checkpoint_precision, checkpoint_views, command, find_images, fraction, log,
@@ -284,11 +284,18 @@ class Album:
 # ---------------------------------------------------------------- a map of a large scene
 
 def read_scene(path: Path, tile: int) -> Image.Image:
-    """Read the scene as RGB; raises ImageError where it has more than SCENE_PIXELS, UserError where a tile is larger."""
+    """Read the scene as RGB; raises ImageError where it has more than SCENE_PIXELS, UserError where a tile is larger.
+
+    And UserError where an EXIF tag turns the picture under its world file, since programs disagree on what is meant then.
+    """
     Image.MAX_IMAGE_PIXELS = SCENE_PIXELS // 2  # Pillow warns beyond this, and refuses beyond twice this
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         scene = read_image(path)
+        with Image.open(path) as raw:
+            turned = raw.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    if turned and read_world_file(path):
+        raise UserError(f"{path} is to be turned by its EXIF tag, and its world file is not: save it upright, without the tag")
     if min(scene.size) < tile:
         raise UserError(f"--tile {tile} is larger than {path}, which has {scene.width} x {scene.height} pixels")
     return scene

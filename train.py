@@ -887,6 +887,7 @@ def fit(learner, configs: list[dict], splits, args, deadline: float = math.inf, 
             row["seconds"] = seconds
             runs[index]["history"].append(row)
             candidate = {"row": row, **{key: results.get("val", {}).get(key, 1.0) for key in ("temperature", "calibrated")}}
+            runs[index]["calibrated"] = candidate["calibrated"]
             if runs[index]["best"] is None or score(candidate) > score(runs[index]["best"]):
                 runs[index]["best"] = candidate | {"weights": learner.weights(index)}
         if after_epoch:
@@ -1091,8 +1092,9 @@ def told(row: dict) -> str:
 def save_epoch(args, settings: dict, config: dict, runs: list[dict], run: dict, state: dict):
     """Tell of the last epoch of a run, and write OUT/history.csv and OUT/last.pt; `runs` are finished ones."""
     row = run["history"][-1]
+    chosen_by = "" if row["val_loss"] is None else f"  calibrated val loss {run['calibrated']:.4f}"
     best = "  best so far" if run["best"]["row"]["epoch"] == row["epoch"] else ""
-    log(f"epoch {row['epoch']}/{config['epochs']}  {told(row)}{best}")
+    log(f"epoch {row['epoch']}/{config['epochs']}  {told(row)}{chosen_by}{best}")
     if not args.only_if_better:  # the history is that of the model.pt beside it
         write_history(args.out / "history.csv", run["history"])
     save_last(args, settings, finished=False, config=config, runs=runs, **state)
@@ -1168,6 +1170,8 @@ class FineTuning:
         count = len(self.data["train"][1])
         self.steps = min(math.ceil(count / args.batch_size), max(1, count // WORLD))  # no process is without an image
         self.images = Images(job.splits, job.files, frozen, args.workers)
+        if args.compile:
+            frozen.backbone  # a compiler that does not work shows here
         frozen.compiled = False  # it changes with every epoch
         backbone = frozen.copy_backbone().eval().to(self.device, memory_format=torch.channels_last)
         backbone.requires_grad_(args.finetune == "all")

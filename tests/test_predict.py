@@ -335,6 +335,16 @@ def test_a_large_map_is_scaled_down_in_place(run, trained, mosaic, tmp_path, mon
     assert [float(x) for x in (tmp_path / "map" / "map.pgw").read_text().split()] == [40, 2, 1, -40, 500005.125 + 1.5 * 10.25, 4999995 - 1.5 * 9.5]
 
 
+def test_a_turned_scene_with_a_world_file_is_refused(run, trained, mosaic, tmp_path):
+    scene, exif = Image.open(mosaic[0]), Image.Exif()
+    exif[0x112] = 6
+    scene.save(mosaic[0], exif=exif)
+    argv = ("--checkpoint", trained.model, "--scene", mosaic[0], "--tile", 32, "--out", tmp_path / "map")
+    assert "EXIF" in run("predict", *argv, code=2).error[0]
+    (tmp_path / "scene.PGW").unlink()
+    assert (run("predict", *argv).json["rows"], run("predict", *argv).json["columns"]) == (5, 4)
+
+
 def test_wrong_scenes(run, trained, mosaic, images, tmp_path, monkeypatch):
     import predict
     scene = mosaic[0]
