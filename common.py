@@ -627,7 +627,12 @@ class FrozenModel:
         The probabilities of several views of the same image are averaged (test-time augmentation).
         """
         logits = torch.stack([self.logits(self.features(turn(pixels, *view))).cpu().double() for view in views])
-        return [(logits / temperature).log_softmax(2).logsumexp(0) - math.log(len(views)) for temperature in temperatures]
+        return [average_views(logits, temperature) for temperature in temperatures]
+
+
+def average_views(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits [views, B, classes] -> the logarithm [B, classes] of the probabilities averaged over the views."""
+    return (logits / temperature).log_softmax(2).logsumexp(0) - math.log(len(logits))
 
 
 def fold_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
@@ -681,8 +686,9 @@ def read_checkpoint(path) -> tuple[dict, torch.nn.Module]:
                 else "a file of another program")
         raise UserError(f"{path} is no checkpoint of train.py, but {what}")
     expected = {"version": int, "arch": str, "model_kwargs": dict, "classes": list, "preprocessing": dict, "state_dict": dict,
-                "temperature": float, "metrics": dict, "views": list, "args": dict, "versions": dict}
-    content = {"views": VIEWS["none"], "args": {}, "versions": {}} | content  # some earlier version had no views
+                "temperature": float, "metrics": dict, "views": list, "temperature_tta": float, "args": dict, "versions": dict}
+    later = {"views": VIEWS["none"], "temperature_tta": content.get("temperature"), "args": {}, "versions": {}}
+    content = later | content  # that of an earlier version lacks some
     if wrong := [key for key, kind in expected.items() if not isinstance(content.get(key), kind)]:
         raise UserError(f"{path} is an incomplete checkpoint: it lacks {', '.join(wrong)}")
     if content["version"] > FORMAT_VERSION:
@@ -715,7 +721,7 @@ def find_nonsense(content: dict) -> list[str]:
         "mean and std": all(isinstance(three, list) and len(three) == 3 and all(map(is_number, three)) for three in
                             (how["mean"], how["std"]))
         and min(how["std"]) > 0,
-        "temperature": 0 < content["temperature"] < math.inf,
+        **{key: 0 < content[key] < math.inf for key in ("temperature", "temperature_tta")},
         "views": len(content["views"]) > 0 and all(repr(view) in map(repr, views) for view in content["views"]),
         "metrics": is_number(content["metrics"].get("epoch", 0))}
     return [what for what, right in sane.items() if not right]
@@ -729,13 +735,14 @@ def is_number(value) -> bool:
     return type(value) in (int, float) and abs(value) < 1 << 63
 
 
-def checkpoint_views(checkpoint: dict, tta: bool) -> list:
-    """The views to average over: with --tta those that the model was trained with, else the image as it is."""
-    views = checkpoint["views"] if tta else VIEWS["none"]
-    if tta and len(views) == 1:
+def checkpoint_views(checkpoint: dict, tta: bool) -> tuple[list, float]:
+    """The views to average over, with --tta those that the model was trained with, and the temperature of the average."""
+    if not tta:
+        return VIEWS["none"], checkpoint["temperature"]
+    if len(checkpoint["views"]) == 1:
         raise UserError("--tta averages the views that a model was trained with, and this one saw every image only as it is: "
                         "train with --augment flip or dihedral")
-    return views
+    return checkpoint["views"], checkpoint["temperature_tta"]
 
 
 def checkpoint_precision(checkpoint: dict, precision: str) -> str:

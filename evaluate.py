@@ -150,11 +150,12 @@ def read_models(args) -> list[SimpleNamespace]:
     for path, name in zip(args.checkpoint, short_names(args.checkpoint)):
         checkpoint, network = read_checkpoint(path)
         try:
-            views = checkpoint_views(checkpoint, args.tta)
+            views, temperature = checkpoint_views(checkpoint, args.tta)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         models.append(SimpleNamespace(path=path, name=name, checkpoint=checkpoint, network=network, views=views,
-                                      classes=checkpoint["classes"], folder=args.out / name if models else args.out))
+                                      temperature=temperature, classes=checkpoint["classes"],
+                                      folder=args.out / name if models else args.out))
     return models
 
 
@@ -229,7 +230,7 @@ def classify(model: SimpleNamespace, paths: list[str], truth: list[str], device:
     What is timed is the way from pixels in memory to probabilities, and of all batches the fastest tells what the model needs:
     the others share the processor with the reading. Raises ImageError at the first image that cannot be read.
     """
-    preprocessing, temperatures = model.checkpoint["preprocessing"], (1, model.checkpoint["temperature"])
+    preprocessing, temperatures = model.checkpoint["preprocessing"], (1, model.temperature)
     frozen = FrozenModel(model.network, preprocessing, len(model.classes), device,
                          checkpoint_precision(model.checkpoint, args.precision))
     results, times = [], []
@@ -274,7 +275,7 @@ def measure(model: SimpleNamespace):
     model.metrics = {
         "n": n, "accuracy": wilson(right, n), "macro_f1": macro_f1, "loss": before["nll"],
         **{f"top{k}_accuracy": (ranks < k).double().mean().item() for k in (3, 5) if k < count}, **after,
-        **{f"{key}_uncalibrated": value for key, value in before.items()}, "temperature": model.checkpoint["temperature"],
+        **{f"{key}_uncalibrated": value for key, value in before.items()}, "temperature": model.temperature,
         "parameters": sum(p.numel() for p in model.network.parameters()), **model.speed,
         "per_class": [{"class": name, "precision": wilson(hit, said), "recall": wilson(hit, there), "f1": f1, "support": there}
                       for name, hit, there, said, f1 in zip(model.classes, hits, support, answered, f1s)],
@@ -427,7 +428,6 @@ def describe(model: SimpleNamespace, paths: list[str], prefix: str) -> list[Sect
     claimed, surest = numbers["mean_probability"], numbers["coverage"][-1]
     verdict = ("that is within the interval of the accuracy" if low <= claimed <= high else
                f"it is {'too sure' if claimed > accuracy else 'not sure enough'} by {100 * abs(claimed - accuracy):.1f} points")
-    reason = "it is that of single views" if len(model.views) > 1 else "perhaps val is small, or of another kind"
     chosen, note = pick_shown(model)
     rows = [numbers["per_class"][index] for index in chosen]
     plot_estimates(model.folder / "per_class.png", [f"{shorten(row['class'])} ({row['support']:,})" for row in rows],
@@ -449,7 +449,7 @@ def describe(model: SimpleNamespace, paths: list[str], prefix: str) -> list[Sect
             for pair in numbers["confused_pairs"][:5]], picture=model.folder / "confusion_matrix.png"),
         Section(f"{prefix}Is a high probability deserved?", [
             f"On average an answer claims a probability of {claimed:.1%}, and {accuracy:.1%} are right: {verdict}.",
-            *([f"The temperature, fitted on val, does not help here: {reason}."]
+            *(["The temperature, fitted on val, does not help here: perhaps val is small, or of another kind."]
               if numbers["nll"] > numbers["nll_uncalibrated"] else []),
             *([f"{surest['n']:,} answers claim {surest['threshold']:.0%} or more; of these {surest['accuracy']:.2%} are right."]
               if surest["n"] else [])],

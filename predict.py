@@ -96,17 +96,17 @@ def main(argv=None):
     checkpoint, model = read_checkpoint(args.checkpoint)
     precision = checkpoint_precision(checkpoint, args.precision)
     frozen = FrozenModel(model, checkpoint["preprocessing"], len(checkpoint["classes"]), device, precision)
-    run = functools.partial(classify, frozen, checkpoint, checkpoint_views(checkpoint, args.tta), args.workers)
+    run = functools.partial(classify, frozen, *checkpoint_views(checkpoint, args.tta), args.workers)
     if args.scene:
         return map_scene(scene, run, checkpoint["classes"], args)
     return list_classes(run(list_paths(args.images, args.null)), checkpoint["classes"], frozen, args)
 
 
-def classify(frozen: FrozenModel, checkpoint: dict, views: list, workers: int | None, paths, read=read_image):
+def classify(frozen: FrozenModel, views: list, temperature: float, workers: int | None, paths, read=read_image):
     """Yield lists of (path, uint8 pixels [3, S, S] or ImageError, calibrated probability of each class or None), in order."""
-    for batch in read_batches(paths, checkpoint["preprocessing"], frozen.batch_size, workers, read):
+    for batch in read_batches(paths, frozen.preprocessing, frozen.batch_size, workers, read):
         readable = [pixels for _, pixels in batch if not isinstance(pixels, ImageError)]
-        rows = iter(frozen.log_probabilities(torch.stack(readable), [checkpoint["temperature"]], views)[0].exp().tolist()
+        rows = iter(frozen.log_probabilities(torch.stack(readable), [temperature], views)[0].exp().tolist()
                     if readable else [])
         yield [(path, pixels, None if isinstance(pixels, ImageError) else next(rows)) for path, pixels in batch]
 

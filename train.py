@@ -27,14 +27,14 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import PIL
 
 from common import (CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, LARGEST_SIZE, RANK, RUN_FORMAT, SPLITS, VIEWS, WORLD,
-                    FrozenModel, ImageError, LazyModule, Progress, UserError, add_hardware_options, build_model,
+                    FrozenModel, ImageError, LazyModule, Progress, UserError, add_hardware_options, average_views, build_model,
                     checkpoint_precision, class_folders, command, file_hash, find_head, fraction, is_checkpoint, load_weights,
                     locked, log, make_parser, not_negative, one_line, pick_device, positive_float, positive_int, read_batches,
                     read_checkpoint, read_image, read_split, read_torch_file, reader_threads, replacing, resize, seed_number,
@@ -42,6 +42,7 @@ from common import (CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, LARGEST_SI
 
 v2 = LazyModule("torchvision.transforms.v2")
 IMBALANCED = 5  # the largest class has so many times the images of the smallest: worth a warning
+VAL_SAMPLE = 1000  # images of val whose views tell the temperature of their average
 MEMORY_SHARE = 1 / 3  # of the machine's memory that features may take before they are mapped from disk
 HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")), "seconds"]
 
@@ -162,22 +163,28 @@ def main(argv=None):
         if job.unfinished:
             check_resumable(args, job.unfinished, settings)
         rival_acc = job.rival and measure_rival(job, device, args)
-        data = extract_features(frozen, job, key, args)
+        sample = sample_val(job, args)
         deadline = start + 60 * (args.max_minutes or math.inf)
         if args.finetune == "head":
+            data = extract_features(frozen, SimpleNamespace(splits=job.splits | sample.splits, files=job.files | sample.files),
+                                    key, args)
             if RANK:
                 return  # one process is enough for a head
+            seen = data.pop("sample", None)
             head = standardised_head(frozen, data["train"][0])
             config, runs = train_heads(head, data, args, settings, deadline, job.unfinished)
         else:
+            data = extract_features(frozen, job, key, args)
             head, start_from = share(lambda: train_first_head(frozen, data, args))
             del data
             config, runs = finetune(frozen, head, start_from, job, args, settings, deadline)
+            seen = extract_features(frozen, sample, key, SimpleNamespace(**{**vars(args), "no_cache": True})).get("sample")
             if RANK:
                 return
         run = max(runs, key=lambda run: score(run["best"]))
         head.load_state_dict(run["best"]["weights"])
         fold_standardisation(head, frozen.model.get_submodule(frozen.cut[0]))
+        run["best"]["temperature_tta"] = calibrate_views(frozen, *seen) if seen else run["best"]["temperature"]
         row = run["best"]["row"]
         better = rival_acc is None or row["val_acc"] >= rival_acc
         if better:
@@ -500,17 +507,18 @@ def initialise(layer: torch.nn.Module, seed: int):
 def extract_features(frozen: FrozenModel, job: SimpleNamespace, key: dict, args) -> dict:
     """The frozen backbone's features of every image: {split: (features [views, N, D], targets [N])}, on its device if they fit.
 
-    The train split has a row for each view of --augment, the others one for the image as it is. What the cache knows is
+    The train split of a frozen run, and the `sample` of val, have a row for each view of --augment, the others one for the
+    image as it is. What the cache knows is
     read, the rest goes through the backbone, once. Several processes share the work, and the first has the result.
     Raises ImageError at the first image that cannot be read.
     """
-    views = {split: VIEWS["none"] for split in ("train", *job.splits)}
-    if args.finetune == "head":
-        views["train"] = VIEWS[args.augment]
+    augmented = {"sample", "train"} if args.finetune == "head" else {"sample"}
+    views = {split: VIEWS[args.augment if split in augmented else "none"] for split in job.splits}
     shapes = {split: (len(views[split]), len(targets), frozen.width) for split, (_, targets) in job.splits.items()}
     mapped = sum(map(math.prod, shapes.values())) * frozen.dtype.itemsize > usable_memory()
     remember = not args.no_cache and RANK == 0
-    stores = {view: FeatureStore(args.cache if remember else None, {**key, "view": view}) for view in views["train"]}
+    stores = {view: FeatureStore(args.cache if remember else None, {**key, "view": view})
+              for view in chain(*views.values())}
     data, todo = {}, []
     for split, (_, targets) in job.splits.items() if RANK == 0 else ():
         data[split] = allocate(shapes[split], frozen.dtype, args.out if mapped else None), targets
@@ -995,6 +1003,34 @@ def calibrate(logits: torch.Tensor, targets: torch.Tensor) -> dict:
     return {"temperature": 1 / sharpness, "calibrated": loss}
 
 
+def sample_val(job: SimpleNamespace, args) -> SimpleNamespace:
+    """Some images of val, to be seen in all views of --augment; none where there is no val, or one view."""
+    if "val" not in job.splits or len(VIEWS[args.augment]) == 1:
+        return SimpleNamespace(splits={}, files={})
+    (paths, targets), every = job.splits["val"], math.ceil(len(job.files["val"]) / VAL_SAMPLE)
+    return SimpleNamespace(splits={"sample": (paths[::every], targets[::every])}, files={"sample": job.files["val"][::every]})
+
+
+def calibrate_views(frozen: FrozenModel, features: torch.Tensor, targets: torch.Tensor) -> float:
+    """The temperature at which probabilities averaged over views fit best: features [views, N, D], class indices [N].
+
+    That of single views would make an average too unsure, which has their disagreement in it already.
+    """
+    with torch.no_grad():
+        logits = torch.stack([torch.cat([frozen.logits(rows.to(frozen.device, torch.float32)).cpu().double()
+                                         for rows in view.split(chunk_rows(features))]) for view in features])
+    targets = targets.cpu()
+    if (average_views(logits, 1.0).argmax(1) == targets).all():
+        return 1.0  # as in `calibrate`
+    low, high = -math.log(20), math.log(20)
+    while high - low > 1e-3:
+        third = (high - low) / 3
+        below, above = (torch.nn.functional.nll_loss(average_views(logits, math.exp(at)), targets)
+                        for at in (low + third, high - third))
+        low, high = (low, high - third) if below < above else (low + third, high)
+    return math.exp((low + high) / 2)
+
+
 def plain_config(args) -> dict:
     return {name: getattr(args, name) for name in ("lr", "weight_decay", "label_smoothing", "epochs")}
 
@@ -1393,7 +1429,7 @@ def save_model(args, frozen: FrozenModel, job: SimpleNamespace, best: dict, conf
     write_torch(args.out / "model.pt", {
         "format": CHECKPOINT_FORMAT, "version": FORMAT_VERSION, "arch": args.arch, "model_kwargs": job.model_kwargs,
         "classes": job.classes, "preprocessing": frozen.preprocessing, "temperature": best["temperature"],
-        "views": VIEWS[args.augment], "metrics": best["row"],
+        "temperature_tta": best["temperature_tta"], "views": VIEWS[args.augment], "metrics": best["row"],
         "state_dict": {key: value.cpu() for key, value in frozen.model.state_dict().items()},
         "args": plain_arguments(args) | config | {"precision": precision},
         "versions": {"python": platform.python_version(), **library_versions()}})

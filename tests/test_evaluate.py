@@ -116,7 +116,7 @@ def made_model(classes=7, n=400, seed=0):
     logits = 1.5 * torch.randn(n, classes, generator=generator).double()
     logits[torch.arange(n), targets] += 2
     model = SimpleNamespace(name="made", classes=[f"class {number}" for number in range(classes)], targets=targets, views=[(0, False)],
-                            raw=logits.log_softmax(1), calibrated=(logits / 0.7).log_softmax(1), checkpoint={"temperature": 0.7},
+                            raw=logits.log_softmax(1), calibrated=(logits / 0.7).log_softmax(1), temperature=0.7,
                             network=torch.nn.Linear(2, 2), speed={"ms_per_image": 1.0, "timing": "made up"})
     evaluate.measure(model)
     return model

@@ -331,23 +331,33 @@ def test_without_val_nothing_can_be_chosen(run, tree, tmp_path):
     assert run("train", "--data", tmp_path / "data", "--out", tmp_path / "out", "--seeds", 2, "--epochs", 2, *SMALL).json["test_acc"] is None
 
 
-def test_tta_averages_the_views_of_the_training(run, trained, tree, tmp_path):
+@pytest.mark.parametrize("finetune", ["head", "all"])
+def test_tta_averages_the_views_of_the_training(run, trained, hard_train, tmp_path, finetune):
     from common import FrozenModel, preprocess, read_checkpoint, read_image, read_split
-    run("train", "--data", tree, "--out", tmp_path / "out", "--epochs", 2, "--augment", "dihedral", *SMALL)
+    run("train", "--data", hard_train, "--out", tmp_path / "out", "--epochs", 2, "--augment", "dihedral", *SMALL, "--finetune", finetune)
     args = ["--checkpoint", tmp_path / "out" / "model.pt", "--precision", "fp32"]
     content, model = read_checkpoint(args[1])
-    paths, _, targets = read_split(tree / "test")
-    pixels = torch.stack([preprocess(read_image(path), 32, "bilinear") for path in paths])
     frozen = FrozenModel(model, content["preprocessing"], 3, torch.device("cpu"), "fp32")
-    views = [view.rot90(turns, (-2, -1)) for view in (pixels, pixels.flip(-1)) for turns in range(4)]
-    wanted = sum((frozen.logits(frozen.features(view)) / content["temperature"]).softmax(1) for view in views) / 8
-    measured = run("evaluate", *args, "--data", tree, "--tta", "--out", tmp_path / "report").json
-    assert measured["accuracy"] == pytest.approx((wanted.argmax(1) == torch.tensor(targets)).float().mean().item())
+
+    def averaged(split, temperature):
+        paths, _, targets = read_split(hard_train / split)
+        pixels = torch.stack([preprocess(read_image(path), 32, "bilinear") for path in paths])
+        views = [view.rot90(turns, (-2, -1)) for view in (pixels, pixels.flip(-1)) for turns in range(4)]
+        return sum((frozen.logits(frozen.features(view)) / temperature).softmax(1) for view in views) / 8, torch.tensor(targets)
+
+    wanted, targets = averaged("test", content["temperature_tta"])
+    losses = []
+    for factor in (0.9, 1, 1.1):
+        probabilities, right = averaged("val", factor * content["temperature_tta"])
+        losses.append(torch.nn.functional.nll_loss(probabilities.log(), right))
+    assert losses[1] < min(losses[0], losses[2])
+    measured = run("evaluate", *args, "--data", hard_train, "--tta", "--out", tmp_path / "report").json
+    assert measured["accuracy"] == pytest.approx((wanted.argmax(1) == targets).float().mean().item())
     said = [float(row["probability"]) for row in read_csv(tmp_path / "report" / "predictions.csv")]
     assert said == pytest.approx(wanted.amax(1).tolist(), abs=1e-5)
-    lines = run("predict", *args, tree / "test", "--tta", "--format", "jsonl").out.splitlines()
+    lines = run("predict", *args, hard_train / "test", "--tta", "--format", "jsonl").out.splitlines()
     assert [json.loads(line)["probability"] for line in lines] == pytest.approx(said, abs=1e-5)
-    for script, rest in (("evaluate", ["--data", tree]), ("predict", [tree / "test"])):
+    for script, rest in (("evaluate", ["--data", hard_train]), ("predict", [hard_train / "test"])):
         assert "--augment" in run(script, "--checkpoint", trained.model, *rest, "--tta", code=2).error[0]
 
 
