@@ -624,15 +624,16 @@ class FrozenModel:
     def log_probabilities(self, pixels: torch.Tensor, temperatures, views=VIEWS["none"]) -> list[torch.Tensor]:
         """uint8 pixels [B, 3, S, S] -> for each temperature, log-probabilities [B, classes], float64 on the CPU.
 
-        The probabilities of several views of the same image are averaged (test-time augmentation).
+        The probabilities of several views of the same image are averaged (test-time augmentation) before the temperature.
         """
-        logits = torch.stack([self.logits(self.features(turn(pixels, *view))).cpu().double() for view in views])
-        return [average_views(logits, temperature) for temperature in temperatures]
+        averaged = average_views([self.logits(self.features(turn(pixels, *view))) for view in views])
+        return [(averaged / temperature).log_softmax(1) for temperature in temperatures]
 
 
-def average_views(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits [views, B, classes] -> the logarithm [B, classes] of the probabilities averaged over the views."""
-    return (logits / temperature).log_softmax(2).logsumexp(0) - math.log(len(logits))
+def average_views(logits) -> torch.Tensor:
+    """Logits [B, classes] of each view -> the logarithm of the views' mean probabilities [B, classes], float64 on the CPU."""
+    views = torch.stack([own.cpu().double().log_softmax(1) for own in logits])
+    return views.logsumexp(0) - math.log(len(views))
 
 
 def fold_batchnorm(model: torch.nn.Module) -> torch.nn.Module:

@@ -1012,23 +1012,14 @@ def sample_val(job: SimpleNamespace, args) -> SimpleNamespace:
 
 
 def calibrate_views(frozen: FrozenModel, features: torch.Tensor, targets: torch.Tensor) -> float:
-    """The temperature at which probabilities averaged over views fit best: features [views, N, D], class indices [N].
+    """The temperature of probabilities that are averaged over views: features [views, N, D], class indices [N].
 
-    That of single views would make an average too unsure, which has their disagreement in it already.
+    It follows the average (Rahaman and Thiery, Uncertainty quantification and deep ensembles, NeurIPS 2021): that of single
+    views would make too unsure what has their disagreement in it already.
     """
-    with torch.no_grad():
-        logits = torch.stack([torch.cat([frozen.logits(rows.to(frozen.device, torch.float32)).cpu().double()
-                                         for rows in view.split(chunk_rows(features))]) for view in features])
-    targets = targets.cpu()
-    if (average_views(logits, 1.0).argmax(1) == targets).all():
-        return 1.0  # as in `calibrate`
-    low, high = -math.log(20), math.log(20)
-    while high - low > 1e-3:
-        third = (high - low) / 3
-        below, above = (torch.nn.functional.nll_loss(average_views(logits, math.exp(at)), targets)
-                        for at in (low + third, high - third))
-        low, high = (low, high - third) if below < above else (low + third, high)
-    return math.exp((low + high) / 2)
+    def logits(view):
+        return torch.cat([frozen.logits(rows.to(frozen.device, torch.float32)) for rows in view.split(chunk_rows(features))])
+    return calibrate(average_views(map(logits, features)), targets.cpu())["temperature"]
 
 
 def plain_config(args) -> dict:

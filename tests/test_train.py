@@ -339,18 +339,17 @@ def test_tta_averages_the_views_of_the_training(run, trained, hard_train, tmp_pa
     content, model = read_checkpoint(args[1])
     frozen = FrozenModel(model, content["preprocessing"], 3, torch.device("cpu"), "fp32")
 
-    def averaged(split, temperature):
+    def averaged(split):
         paths, _, targets = read_split(hard_train / split)
         pixels = torch.stack([preprocess(read_image(path), 32, "bilinear") for path in paths])
         views = [view.rot90(turns, (-2, -1)) for view in (pixels, pixels.flip(-1)) for turns in range(4)]
-        return sum((frozen.logits(frozen.features(view)) / temperature).softmax(1) for view in views) / 8, torch.tensor(targets)
+        return (sum(frozen.logits(frozen.features(view)).softmax(1) for view in views) / 8).log(), torch.tensor(targets)
 
-    wanted, targets = averaged("test", content["temperature_tta"])
-    losses = []
-    for factor in (0.9, 1, 1.1):
-        probabilities, right = averaged("val", factor * content["temperature_tta"])
-        losses.append(torch.nn.functional.nll_loss(probabilities.log(), right))
+    logs, right = averaged("val")
+    losses = [torch.nn.functional.cross_entropy(logs / content["temperature_tta"] * factor, right) for factor in (0.95, 1, 1.05)]
     assert losses[1] < min(losses[0], losses[2])
+    logs, targets = averaged("test")
+    wanted = (logs / content["temperature_tta"]).softmax(1)
     measured = run("evaluate", *args, "--data", hard_train, "--tta", "--out", tmp_path / "report").json
     assert measured["accuracy"] == pytest.approx((wanted.argmax(1) == targets).float().mean().item())
     said = [float(row["probability"]) for row in read_csv(tmp_path / "report" / "predictions.csv")]
