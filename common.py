@@ -494,6 +494,13 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on the device. CUDA lets the program go on while it copies; MPS then may read memory that is freed already."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The backbone's dtype for --precision: 'auto' is bf16 where the processor computes in it natively, else fp32."""
     if name == "auto":
@@ -586,8 +593,7 @@ class FrozenModel:
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [B, 3, S, S] on any device -> float32 images on this model's device."""
-        pixels = pixels.pin_memory() if self.device.type == "cuda" and pixels.device.type == "cpu" else pixels
-        return pixels.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        return send(pixels, self.device).float().sub_(self.mean).div_(self.std)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [B, 3, S, S] on any device -> float32 features [B, D] on this model's device.
