@@ -38,7 +38,7 @@ from common import (CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, LARGEST_SI
                     checkpoint_precision, class_folders, command, file_hash, find_head, fraction, is_checkpoint, load_weights,
                     locked, log, make_parser, not_negative, one_line, pick_device, positive_float, positive_int, read_batches,
                     read_checkpoint, read_image, read_split, read_torch_file, reader_threads, replacing, resize, seed_number,
-                    signals_held, torch, torchvision, turn, whole_steps)
+                    send, signals_held, torch, torchvision, turn, whole_steps)
 
 v2 = LazyModule("torchvision.transforms.v2")
 IMBALANCED = 5  # the largest class has so many times the images of the smallest: worth a warning
@@ -1193,7 +1193,7 @@ class FineTuning:
     def __init__(self, frozen: FrozenModel, head: torch.nn.Sequential, job: SimpleNamespace, args):
         self.frozen, self.device, self.args = frozen, frozen.device, args
         self.clip_norm, self.classes = args.clip_norm, len(job.classes)
-        self.data = {split: (None, targets) for split, (_, targets) in job.splits.items()}
+        self.data = {split: (None, targets.to(self.device)) for split, (_, targets) in job.splits.items()}
         count = len(self.data["train"][1])
         self.steps = min(math.ceil(count / args.batch_size), max(1, count // WORLD))  # no process is without an image
         self.images = Images(job.splits, job.files, frozen, args.workers)
@@ -1237,14 +1237,14 @@ class FineTuning:
         """
         _, targets = self.data["train"]
         order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(hash((self.args.seed, epoch))))
-        steps = order.tensor_split(self.steps)
+        steps = order.to(self.device).tensor_split(self.steps)  # at once: a GPU that waits for each step's would stand still
         mine = [rows[RANK::WORLD] for rows in steps]
         torch.manual_seed(hash((self.args.seed, epoch, RANK)))  # dropout too
         for module in self.learning:
             module.training = True
         self.trained = True
         for rows, own, pixels in zip(steps, mine, self.images.batches("train", mine)):
-            images, wanted = augment(self.frozen, pixels, targets[own].to(self.device), self.args, self.classes)
+            images, wanted = augment(self.frozen, pixels, targets[own], self.args, self.classes)
             yield images.contiguous(memory_format=torch.channels_last), wanted, len(own) * WORLD / len(rows)
 
     def logits(self, images: torch.Tensor, active: list[int]) -> torch.Tensor:
@@ -1257,11 +1257,12 @@ class FineTuning:
             self.frozen.update(self.network.backbone.state_dict())
             self.trained = False
         _, targets = self.data[split]
-        rows = torch.arange(0, len(targets), math.ceil(len(targets) / TRAIN_SAMPLE) if split == "train" else 1)[RANK::WORLD]
+        step = math.ceil(len(targets) / TRAIN_SAMPLE) if split == "train" else 1
+        rows = torch.arange(0, len(targets), step, device=self.device)[RANK::WORLD]
         chunks = [chunk for chunk in rows.split(self.frozen.batch_size) if len(chunk)]
         with torch.no_grad():
             for rows, pixels in zip(chunks, self.images.batches(split, chunks)):
-                yield self.network.head(self.frozen.features(pixels))[:, None], targets[rows].to(self.device)
+                yield self.network.head(self.frozen.features(pixels))[:, None], targets[rows]
 
     def weights(self, index: int) -> dict:
         return {key: value.clone() for key, value in self.network.state_dict().items()}
@@ -1312,16 +1313,16 @@ class Images:
                 yield pixels
 
     def batches(self, split: str, chunks: list[torch.Tensor]):
-        """Yield uint8 pixels [B, 3, S, S] for the rows [B] of each chunk."""
+        """Yield uint8 pixels [B, 3, S, S] for the rows [B], on the device, of each chunk."""
         size, paths = self.preprocessing["size"], self.splits[split][0]
         if split in self.resident:
             pixels = self.resident[split]
             for rows in chunks:
-                yield resize(pixels[rows.to(pixels.device)], size, self.preprocessing["interpolation"])
+                yield resize(pixels[rows], size, self.preprocessing["interpolation"])
         else:
-            stream = self.read((paths[row] for rows in chunks for row in rows.tolist()), self.preprocessing)
+            stream = self.read((paths[row] for row in torch.cat(chunks).tolist()), self.preprocessing)
             for rows in chunks:
-                yield torch.stack(list(islice(stream, len(rows)))).to(self.frozen.device, non_blocking=True)
+                yield send(torch.stack(list(islice(stream, len(rows)))), self.frozen.device)
 
 
 def image_size(path) -> tuple[int, int]:
@@ -1340,11 +1341,11 @@ def augment(frozen: FrozenModel, pixels: torch.Tensor, targets: torch.Tensor, ar
     2021), random erasing (Zhong et al., AAAI 2020) of a quarter of the images, and to the batch CutMix (Yun et al., ICCV
     2019) or MixUp (Zhang et al., ICLR 2018).
     """
-    views = VIEWS[args.augment]
-    drawn = torch.randint(len(views), (len(pixels),))
-    for number, view in enumerate(views[1:], 1):
-        rows = (drawn == number).nonzero()[:, 0].to(pixels.device, non_blocking=True)
-        pixels[rows] = turn(pixels[rows], *view)
+    views = torch.tensor(VIEWS[args.augment])
+    turns, mirrored = views[torch.randint(len(views), (len(pixels),))].unbind(1)
+    for chosen, view in ((mirrored > 0, (0, True)), (turns % 2 > 0, (1, False)), (turns > 1, (2, False))):  # few, for a GPU
+        if chosen.any():
+            pixels = torch.where(send(chosen, pixels.device)[:, None, None, None], turn(pixels, *view), pixels)
     if not args.strong:
         return frozen.normalise(pixels), targets
     trivial = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
