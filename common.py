@@ -479,11 +479,13 @@ def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | Non
 
 def pick_device(name: str | None) -> torch.device:
     """The device named, or CUDA, then MPS, then CPU. One that is not there is a UserError, never a fallback."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and WORLD == 1
+    if WORLD > 1 and name not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {name}: several processes take cuda, where each has the GPU of its number, or cpu")
     if name in (None, "cuda") and cuda and WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name is None:
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+        name = "cuda" if cuda else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -491,6 +493,8 @@ def pick_device(name: str | None) -> torch.device:
     count = {"cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps), "cpu": 1}.get(device.type, 0)
     if (device.index or 0) >= count:
         raise UserError(f"--device {name}: not available here ({count} {device.type} device{'s' * (count != 1)} found)")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # else pinned memory, and what else has no tensor to go by, belongs to the first one
     return device
 
 
