@@ -217,8 +217,6 @@ def told_way_on():
 def join_processes(device: torch.device) -> torch.device:
     """Find the other processes that torchrun started, if it did."""
     if WORLD > 1 and not torch.distributed.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                              timeout=datetime.timedelta(days=7))  # the others wait while the first one works
         atexit.register(torch.distributed.destroy_process_group)
@@ -1214,14 +1212,15 @@ class FineTuning:
         self.network.forward = self.forward
         tell_stage(backbone, names)
         if WORLD > 1:
-            self.run = torch.nn.parallel.DistributedDataParallel(self.network)
+            moving = args.weights == "none"  # BatchNorm's statistics; where they stay, nothing is to be sent at each step
+            self.run = torch.nn.parallel.DistributedDataParallel(self.network, broadcast_buffers=moving)
         if args.compile:
             self.run = torch.compile(self.run)
         self.trained = True  # since the frozen model has last taken its weights
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images [B, 3, S, S] -> logits [B, classes]; the head computes in float32."""
-        with torch.autocast(self.device.type, self.frozen.dtype, enabled=self.frozen.dtype != torch.float32):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.frozen.dtype == torch.bfloat16):
             features = self.network.backbone(images)
         return self.network.head(features.float())
 
