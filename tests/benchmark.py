@@ -99,9 +99,8 @@ def measure_pass(args):
                 plain_model(plain_images)
 
     def from_files():
-        files = {"train": train.hash_files(paths, None)}
-        options = SimpleNamespace(augment="none", no_cache=True, workers=None, out=None)
-        train.extract_features(frozen, {"train": (paths, torch.zeros(len(paths)))}, files, {}, options)
+        job = SimpleNamespace(splits={"train": (paths, torch.zeros(len(paths)))}, files={"train": train.hash_files(paths, None)})
+        train.extract_features(frozen, job, {}, SimpleNamespace(finetune="head", augment="none", no_cache=True, workers=None, out=None))
     works = {"matrix": lambda: matrix @ matrix, "bare": bare, "plain": plain, "pass": from_files}
     amounts = {"matrix": 2 * n ** 3 / flops, "bare": max(1, len(paths) // frozen.batch_size) * frozen.batch_size,
                "plain": max(1, len(paths) // 64) * 64, "pass": len(paths)}
