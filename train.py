@@ -1144,6 +1144,7 @@ def spread(runs: list[dict], saved: dict) -> dict:
 # ---------------------------------------------------------------- fine-tuning
 
 FIRST_EPOCHS = 10  # of the head alone, before the network learns too
+STRONG_DRAWS = 16  # per step: one for each image would keep a GPU waiting for the processor
 TRAIN_SAMPLE = 5000  # images on which the train columns of the history are measured, so that it costs little
 
 
@@ -1338,7 +1339,7 @@ def augment(frozen: FrozenModel, pixels: torch.Tensor, targets: torch.Tensor, ar
 
     Each image is seen in a view of --augment drawn at random. `strong` adds TrivialAugmentWide (Mueller and Hutter, ICCV
     2021), random erasing (Zhong et al., AAAI 2020) of a quarter of the images, and to the batch CutMix (Yun et al., ICCV
-    2019) or MixUp (Zhang et al., ICLR 2018).
+    2019) or MixUp (Zhang et al., ICLR 2018). The first two are drawn for a few images at a time, which are in random order.
     """
     views = torch.tensor(VIEWS[args.augment])
     turns, mirrored = views[torch.randint(len(views), (len(pixels),))].unbind(1)
@@ -1347,10 +1348,10 @@ def augment(frozen: FrozenModel, pixels: torch.Tensor, targets: torch.Tensor, ar
             pixels = torch.where(send(chosen, pixels.device)[:, None, None, None], turn(pixels, *view), pixels)
     if not args.strong:
         return frozen.normalise(pixels), targets
-    trivial = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
-    images = frozen.normalise(torch.stack([trivial(image) for image in pixels]))
-    erase = v2.RandomErasing(p=0.25)
-    images = torch.stack([erase(image) for image in images])
+    trivial, erase = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR), v2.RandomErasing(p=0.25)
+    together = math.ceil(len(pixels) / STRONG_DRAWS)
+    images = frozen.normalise(torch.cat([trivial(part) for part in pixels.split(together)]))
+    images = torch.cat([erase(part) for part in images.split(together)])
     return v2.RandomChoice([v2.CutMix(num_classes=classes), v2.MixUp(alpha=0.2, num_classes=classes)])(images, targets)
 
 
