@@ -1213,8 +1213,7 @@ class FineTuning:
         self.network.forward = self.forward
         tell_stage(backbone, names)
         if WORLD > 1:
-            moving = args.weights == "none"  # BatchNorm's statistics; where they stay, nothing is to be sent at each step
-            self.run = torch.nn.parallel.DistributedDataParallel(self.network, broadcast_buffers=moving)
+            self.run = torch.nn.parallel.DistributedDataParallel(self.network)
         if args.compile:
             self.run = torch.compile(self.run)
         self.trained = True  # since the frozen model has last taken its weights
@@ -1253,6 +1252,8 @@ class FineTuning:
     def split_logits(self, split: str, active: list[int]):
         """Yield (logits [B, 1, classes], class indices [B]) of this process's share of a split, of train a sample."""
         if self.trained:
+            for buffer in self.network.buffers() if WORLD > 1 else ():  # BatchNorm's statistics, if they move, differ by now
+                torch.distributed.broadcast(buffer, 0)
             self.network.eval()
             self.frozen.update(self.network.backbone.state_dict())
             self.trained = False
