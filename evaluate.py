@@ -38,6 +38,9 @@ matplotlib = LazyModule("matplotlib")
 Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95% interval
 RESAMPLES, BINS = 2000, 15
 THRESHOLDS = (0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+# What to say of the numbers on the splits that made the model.
+TAINTED = {"train": "a model that learned from these images knows them; only others tell how well it does.",
+           "val": "epoch and temperature may have been chosen on these images, so the numbers are a little too good."}
 SHOWN = 40  # classes in a picture; of more, those with most mistakes
 COLOURS, MARKERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"), "os^Dvp*"  # for all eyes
 INTERVALS = (f"95%: Wilson's score interval for accuracy, precision and recall; for F1 and macro F1 the percentiles of a "
@@ -180,6 +183,8 @@ def read_truth(folder: Path, models: list, allow_missing: bool) -> tuple[list[st
     if not images:
         raise UserError(f"{folder} has no image of a known class")
     paths, truth = map(list, zip(*images))
+    if folder.name in TAINTED:
+        notes.append(f"{folder}: {TAINTED[folder.name]}")
     if absent := [name for name in dict.fromkeys(sum((model.classes for model in models), [])) if name not in truth]:
         notes.append(f"{folder} has no images of {', '.join(absent)}: the numbers are over the other classes.")
     for note in notes:
@@ -291,7 +296,7 @@ def wilson(part: int, whole: int) -> Estimate:
     share, scale = part / whole, 1 + Z * Z / whole
     middle = (share + Z * Z / (2 * whole)) / scale
     half = Z / scale * math.sqrt(share * (1 - share) / whole + (Z / (2 * whole)) ** 2)
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+    return Estimate(share, middle - half if part else 0.0, middle + half if part < whole else 1.0)  # not 1e-18 for 0
 
 
 def bootstrap_f1(confusion: torch.Tensor) -> list[Estimate]:
@@ -489,7 +494,8 @@ def describe_curves(histories: list, picture: Path) -> list[Section]:
         best, last = history.best, history.rows[-1]
         other = "test" if math.isnan(best["val_acc"]) else "val"
         gap, loss = best["train_acc"] - best[f"{other}_acc"], f"{other}_loss"
-        words = f"{history.name}: the best epoch is {best['epoch']} of {last['epoch']}."
+        what = "last" if other == "test" else "best"
+        words = f"{history.name}: the {what} epoch is {best['epoch']} of {last['epoch']}."
         if not math.isnan(gap):
             lowest = min(history.rows, key=lambda row: row[loss])
             rises = f"rises after epoch {lowest['epoch']}" if last[loss] > 1.02 * lowest[loss] else "does not rise"
@@ -635,12 +641,14 @@ def plot_reliability(path: Path, numbers: dict):
                        label=f"{suffix[1:] or 'calibrated'}: ECE {numbers[f'ece{suffix}']:.4f}")
             upper.vlines(claimed, lows, highs, linewidth=1.2, color=colour)
             lower.bar([(row["bin"] + 0.3 + 0.4 * side) / BINS for row in bins], counts, 0.4 / BINS, color=colour)
-        upper.set(title=f"Is a high probability deserved? {BINS} bins, with 95% intervals", ylabel="accuracy", xlim=(0, 1),
-                  ylim=(0, 1.01))
+        upper.set(title=f"Is a high probability deserved? {BINS} bins, with 95% intervals", ylabel="accuracy",
+                  xlim=(-0.01, 1.01), ylim=(-0.02, 1.03))
         figure.legend(loc="outside lower center", ncols=3)
         upper.grid(alpha=0.25)
         lower.set(xlabel="probability of the answer", ylabel="images", yscale="log")
+        lower.set_ylim(bottom=0.7)  # a bar of one image is seen
         lower.yaxis.set_major_formatter("{x:,.0f}")
+        lower.yaxis.set_minor_formatter("")
 
 
 def plot_mistakes(path: Path, model: SimpleNamespace, paths: list[str], columns: int = 5, rows: int = 4) -> int:

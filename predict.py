@@ -47,7 +47,8 @@ def parse_args(argv):
     group = parser.add_argument_group("output")
     group.add_argument("--top-k", type=positive_int, default=1, help="report this many classes, the most probable first")
     group.add_argument("--min-confidence", type=fraction, default=0.0, metavar="P",
-                       help=f"answer {UNKNOWN} where no class has this probability; evaluate.py's report helps to choose it")
+                       help=f"answer {UNKNOWN} where no class has this probability, with the most probable one next in "
+                            "--top-k; evaluate.py's report helps to choose it")
     group.add_argument("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
     group.add_argument("--plot", type=Path, metavar="FILE.png",
                        help=f"show each image with its {PLOT_BARS} most probable classes; beyond {PLOT_COLUMNS * PLOT_ROWS} "
@@ -119,7 +120,8 @@ def list_classes(batches, classes: list[str], frozen: FrozenModel, args):
         size = frozen.preprocessing["size"]
         explain(frozen, torch.zeros(3, size, size, dtype=torch.uint8), 0)
     album = Album(args.plot, frozen if args.explain else None) if args.plot else None
-    write = record_writer(args.format, classes, min(args.top_k, len(classes)))
+    top_k = min(args.top_k, len(classes))
+    write = record_writer(args.format, classes, top_k)
     images = failures = 0
     for batch in batches:
         for path, pixels, row in batch:
@@ -128,10 +130,12 @@ def list_classes(batches, classes: list[str], frozen: FrozenModel, args):
                 failures += 1
                 write(path, [], pixels.reason)
                 continue
-            best = rank(row, classes, args.min_confidence)
-            write(path, best[:args.top_k], None)
+            best = sorted(zip(classes, row), key=lambda pair: -pair[1])
+            p = best[0][1]
+            sure = p >= args.min_confidence
+            write(path, (best if sure else [(UNKNOWN, p), *best])[:top_k], None)
             if album:
-                album.add(path, pixels, best, row.index(max(row)))
+                album.add(path, pixels, row.index(p), best, f"{best[0][0]}  {p:.1%}" if sure else UNKNOWN)
         sys.stdout.flush()
     if album:
         album.save_page()
@@ -161,12 +165,6 @@ def read_names(null: bool):
         *names, rest = (rest + (block or end)).split(end)
         yield from (os.fsdecode(name) for name in (name if null else name.rstrip(b"\r") for name in names) if name)
         yield None
-
-
-def rank(row: list[float], classes: list[str], least: float) -> list[tuple[str, float]]:
-    """(class, probability), the most probable first; that one is called `unknown` if its probability is below `least`."""
-    first, *rest = sorted(zip(classes, row), key=lambda pair: -pair[1])
-    return [first if first[1] >= least else (UNKNOWN, first[1]), *rest]
 
 
 def record_writer(form: str, classes: list[str], top_k: int):
@@ -230,7 +228,7 @@ class Album:
             raise UserError(f"--plot {file}: " + ("is a folder" if file.is_dir() else f"no such folder: {file.parent}"))
         self.file, self.explained, self.page, self.waiting = file, explained, 1, []
 
-    def add(self, path: str, pixels: torch.Tensor, best: list[tuple[str, float]], target: int):
+    def add(self, path: str, pixels: torch.Tensor, target: int, best: list[tuple[str, float]], title: str):
         """Put an image on the page, with the heat of class index `target`; a full page is written."""
         if len(self.waiting) == PLOT_COLUMNS * PLOT_ROWS:
             self.save_page()
@@ -238,7 +236,7 @@ class Album:
         thumbnail.thumbnail((360, 360))
         name = Path(path).name.encode("utf-8", "replace").decode()
         heat = explain(self.explained, pixels, target) if self.explained else None
-        self.waiting.append((thumbnail, name, best[:PLOT_BARS], heat))
+        self.waiting.append((thumbnail, name, best[:PLOT_BARS], heat, title))
 
     def save_page(self):
         """Write the images that wait as one page."""
@@ -253,7 +251,7 @@ class Album:
         cells = figure.subplots(rows, len(ratios) * columns, squeeze=False, width_ratios=ratios * columns).ravel()
         for axes in cells:
             axes.set_axis_off()
-        for number, (image, name, best, heat) in enumerate(self.waiting):
+        for number, (image, name, best, heat, title) in enumerate(self.waiting):
             left, *middle, right = cells[number * len(ratios):][:len(ratios)]
             for axes in (left, *middle):
                 axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
@@ -272,7 +270,7 @@ class Album:
             for position, (label, p) in enumerate(best):
                 right.text(0.02, position, f"{label}  {p:.1%}", va="center", fontsize=8)
             right.set(xlim=(0, 1), xticks=[], yticks=[], ylim=(PLOT_BARS - 0.5, -0.5))
-            right.set_title(f"{best[0][0]}  {best[0][1]:.1%}", fontsize=10, fontweight="bold")
+            right.set_title(title, fontsize=10, fontweight="bold")
             right.spines[["top", "right", "bottom"]].set_visible(False)
         file = self.file if self.page == 1 else self.file.with_name(f"{self.file.stem}-{self.page}{self.file.suffix}")
         with replacing(file, "wb") as opened:

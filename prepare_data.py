@@ -87,6 +87,8 @@ def parse_args(argv):
         parser.error("--source, --url and --synthetic exclude each other")
     if bool(args.url) != bool(args.sha256 or args.md5):
         parser.error("--url and a checksum (--sha256 or --md5) need each other")
+    if args.link == "hard" and (not args.source or args.source.is_file()):
+        parser.error("--link hard is for the files of a --source folder; others are unpacked or drawn into the tree itself")
     if args.update and (args.force or args.per_class):
         parser.error("--update excludes --force and --per-class")
     if args.val + args.test >= 1:
@@ -274,7 +276,7 @@ def download(args, folder: Path) -> Path:
             raise UserError(f"cannot download {args.url}: {one_line(error)}; {way_out}") from None
     if (found := file_hash(part, algorithm)) != wanted:
         part.unlink()
-        raise UserError(f"{args.url} has {algorithm} {found}, not {wanted}: it was removed; {way_out}")
+        raise UserError(f"{args.url} has {algorithm} {found}, not {wanted}: what was downloaded is removed; {way_out}")
     part.replace(archive)
     return archive
 
@@ -349,8 +351,12 @@ def archive_members(source: Path):
     if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
             for member in archive.infolist():
-                check_member(source, member.filename, link=member.external_attr >> 28 == 0o12)
-                yield member.filename, member.is_dir(), member.file_size, None
+                name = member.filename
+                if not member.flag_bits & 0x800:  # old code page by the letter of the format, UTF-8 as many programs write it
+                    with contextlib.suppress(UnicodeError):
+                        name = name.encode("cp437").decode("utf-8")
+                check_member(source, name, link=member.external_attr >> 28 == 0o12)
+                yield name, member.is_dir(), member.file_size, None
     elif tarfile.is_tarfile(source):
         with tarfile.open(source) as archive:
             for member in archive:
@@ -603,6 +609,7 @@ def split(records: list[dict], val: float, test: float, seed: int):
     shares = {"test": test, "val": val}
     if all(record["split"] for record in records):
         if not val or any(record["split"] == "val" or "kept" in record for record in records):
+            log("every image has a split already, and keeps it")
             return
         records, shares = [r for r in records if r["split"] == "train"], {"val": val}
         for record in records:

@@ -78,7 +78,7 @@ def parse_args(argv):
     group.add_argument("--lr", type=positive_float, default=1e-3, metavar="RATE",
                        help="learning rate at its highest; it falls to 0 along a cosine")
     group.add_argument("--warmup", type=not_negative, default=0, metavar="EPOCHS",
-                       help="epochs over which the learning rate rises first")
+                       help="epochs over which the learning rate rises first, at most half of them")
     group.add_argument("--weight-decay", type=not_negative, default=0, metavar="X",
                        help="of weights; biases and the scales of norms are spared")
     group.add_argument("--label-smoothing", type=fraction, default=0, metavar="X",
@@ -134,6 +134,8 @@ def parse_args(argv):
     if args.finetune == "head" and args.strong:
         parser.error("--augment strong needs a network that learns: --finetune last or all. The features of a frozen one are "
                      "computed once for each of a few views")
+    if args.finetune == "head" and any(getattr(args, key) != parser.get_default(key) for key in ("backbone_lr", "clip_norm")):
+        parser.error("--backbone-lr and --clip-norm need a network that learns: --finetune last or all")
     if args.finetune != "head" and (args.tune or args.seeds > 1):
         parser.error("--tune and --seeds are for a frozen network, --finetune head")
     args.out = args.out or Path("runs") / args.data.resolve().name
@@ -543,7 +545,7 @@ def extract_features(frozen: FrozenModel, job: SimpleNamespace, key: dict, args)
     finally:  # a pass that is stopped goes on from here
         for store in stores.values():
             store.flush()
-    if remember:
+    if remember and count:
         prune_cache(args.cache, args.cache_limit * 1e9)
     return {split: place(features, targets, frozen.device) for split, (features, targets) in data.items()}
 
@@ -1118,7 +1120,7 @@ def save_epoch(args, settings: dict, config: dict, runs: list[dict], run: dict, 
     """Tell of the last epoch of a run, and write OUT/history.csv and OUT/last.pt; `runs` are finished ones."""
     row = run["history"][-1]
     chosen_by = "" if row["val_loss"] is None else f"  calibrated val loss {run['calibrated']:.4f}"
-    best = "  best so far" if run["best"]["row"]["epoch"] == row["epoch"] else ""
+    best = "  best so far" if chosen_by and run["best"]["row"]["epoch"] == row["epoch"] else ""
     log(f"epoch {row['epoch']}/{config['epochs']}  {told(row)}{chosen_by}{best}")
     if not args.only_if_better:  # the history is that of the model.pt beside it
         write_history(args.out / "history.csv", run["history"])

@@ -64,7 +64,7 @@ def test_numbers_files_and_pictures(run, trained, hard_tree, tmp_path):
 def test_split_default_folder_and_agreement_with_training(run, trained, tree):
     for split in ("val", "test", "train"):
         result = run("evaluate", "--checkpoint", trained.model, "--data", tree, "--split", split).json
-        assert result["accuracy"] == pytest.approx(trained.json[f"{split}_acc"])
+        assert result["accuracy"] == pytest.approx(trained.json[f"{split}_acc"]) and bool(result["notes"]) == (split != "test")
         assert result["loss"] == pytest.approx(torch.load(trained.model, weights_only=True)["metrics"][f"{split}_loss"], abs=1e-4)
     assert (trained.folder / "report" / "metrics.json").exists()
 

@@ -194,7 +194,8 @@ def test_min_confidence(run, trained, images):
     least = sorted(float(row["probability"]) for row in everything)[2] - 1e-6
     for row, before in zip(records(run("predict", "--checkpoint", trained.model, images, "--top-k", 2, "--min-confidence", least).out), everything):
         sure = float(before["probability"]) >= least
-        assert row == {**before, "class": before["class"] if sure else "unknown"}
+        next_one = {"class": "unknown", "class_2": before["class"], "probability_2": before["probability"]}
+        assert row == (before if sure else {**before, **next_one})
     assert {row["class"] for row in records(run("predict", "--checkpoint", trained.model, images, "--min-confidence", 0).out)} == set(COLOURS)
     assert "between 0 and 1" in run("predict", "--checkpoint", trained.model, images, "--min-confidence", 1.5, code=2).error[0]
 

@@ -398,7 +398,24 @@ def test_splits_of_ours_and_published_lists(run, source, tmp_path):
     run("prepare_data", "--source", archive, "--out", tmp_path / "c", "--splits", tmp_path / "none", code=2)
 
 
+def test_names_in_a_zip_without_the_flag_of_utf8(run, source, tmp_path):
+    """As `zip` of some systems writes them; names that are no UTF-8 stay as the old code page has them."""
+    class Unflagged(zipfile.ZipInfo):
+        def _encodeFilenameFlags(self):
+            return self.filename.encode(encoding), self.flag_bits & ~0x800
+
+    for encoding, name in (("utf-8", "M\u00fcll"), ("cp437", "\u00e9t\u00e9")):
+        with zipfile.ZipFile(tmp_path / f"{encoding}.zip", "w") as archive:
+            for path in sorted(source.rglob("*.png")):
+                folder = name if path.parent.name == "red" else path.parent.name
+                archive.writestr(Unflagged(f"{folder}/{path.name}"), path.read_bytes())
+        run("prepare_data", "--source", tmp_path / f"{encoding}.zip", "--out", tmp_path / encoding)
+        assert {row["class"] for row in rows(tmp_path / encoding)} == {"blue", "green", name}
+
+
 def test_hard_links_and_dry_run(run, source, tmp_path):
+    assert "--source folder" in run("prepare_data", "--source", pack(source, tmp_path / "s.zip"), "--link", "hard", code=2).error[0]
+    (tmp_path / "s.zip").unlink()
     result = run("prepare_data", "--source", source, "--out", tmp_path / "out", "--dry-run")
     assert result.json["train"] == 42 and "32x32" in result.err and "RGB 60" in result.err and not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*"))

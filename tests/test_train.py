@@ -449,7 +449,7 @@ def test_out_of_memory_says_which_batch_size_to_try(run, hard_train, tmp_path, m
 
 
 def test_what_goes_with_finetune_and_what_not(run, tree, tmp_path):
-    for options, words in ((["--augment", "strong"], "--finetune"), (["--augment", "flip", "dihedral"], "choose one"),
+    for options, words in ((["--augment", "strong"], "--finetune"), (["--backbone-lr", 1e-3], "--finetune last or all"), (["--augment", "flip", "dihedral"], "choose one"),
                            (["--finetune", "all", "--tune", 4], "--finetune head"), (["--finetune", "last", "--seeds", 2], "--finetune head")):
         assert words in run("train", "--data", tree, "--out", tmp_path / "out", *SMALL, *options, code=2).error[0]
 
