@@ -238,7 +238,8 @@ def fewshot(args):
                 few = Path(folder) / "few"
                 for name in sorted(path.name for path in (args.data / "train").iterdir()):
                     (few / "train" / name).mkdir(parents=True)
-                    for image in random.Random(f"{seed} {name}").sample(sorted((args.data / "train" / name).iterdir()), shots):
+                    known = sorted((args.data / "train" / name).iterdir())
+                    for image in random.Random(f"{seed} {name}").sample(known, min(shots, len(known))):
                         (few / "train" / name / image.name).symlink_to(image.resolve())
                 (few / "test").symlink_to((args.data / "test").resolve())
                 command = [ROOT / "train.py", "--data", few, "--arch", args.arch, "--weights", args.weights, "--precision", args.precision,
