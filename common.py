@@ -24,12 +24,15 @@ import struct
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # up to its limit, an image is just large
 
 EXIT_USAGE, EXIT_SOME_UNREADABLE, EXIT_BELOW_BAR, EXIT_KEPT_OLD, EXIT_LOCKED, EXIT_SIGINT = 2, 3, 4, 5, 75, 130
 EXIT_CODES = """exit codes:
@@ -97,6 +100,11 @@ def one_line(text) -> str:
     return " ".join(str(text).split())
 
 
+def printable(text: str) -> str:
+    """Text for a line, a picture or a page: what cannot be shown, such as a line break in a file's name, is escaped."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def command(main):
     """Turn main(argv) into a command that returns its exit code and reports a wrong input as one line on stderr."""
     @functools.wraps(main)
@@ -133,7 +141,13 @@ held_signals = None  # within `signals_held`, those that have come
 
 
 def receive_signal(number: int, _):
-    """End the program by an exception, so that temporary files are removed, or leave that to `signals_held`."""
+    """End the program by an exception, so that temporary files are removed, or leave that to `signals_held`.
+
+    A second signal is left to the kernel: it ends the program whatever that is doing.
+    """
+    for other in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(other) is receive_signal:
+            signal.signal(other, signal.SIG_DFL)
     if held_signals != []:
         raise KeyboardInterrupt(128 + number)
     held_signals.append(number)
@@ -143,7 +157,7 @@ def receive_signal(number: int, _):
 
 @contextlib.contextmanager
 def signals_held():
-    """A block that a signal ends the program after, not in; a second signal ends it at once."""
+    """A block that a signal ends the program after, not in."""
     global held_signals
     if held_signals is not None:  # in another such block, which will see to it
         yield
@@ -368,7 +382,8 @@ def read_image(path, content: bytes | None = None) -> Image.Image:
         raise ImageError(path, "cannot identify image file") from None
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, MemoryError, RuntimeError,
             struct.error, zlib.error, Image.DecompressionBombError) as error:  # what decoders raise on broken files
-        reason = str(error).replace(repr(str(path)), "").replace(str(path), "").strip() or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error).replace(repr(str(path)), "").replace(str(path), "").strip()
+        reason = reason or type(error).__name__
         raise ImageError(path, reason) from None
 
 
@@ -382,8 +397,10 @@ def walk(folder):
 
     Links are followed, once.
     """
+    def complain(error):
+        log(f"warning: left out {error.filename}: {error.strerror}")
     seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=complain, followlinks=True):
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
@@ -592,7 +609,7 @@ class FrozenModel:
 
     def update(self, backbone_weights: dict):
         """Take new weights for the model's backbone, under the model's own names."""
-        self.model.load_state_dict(backbone_weights, strict=False)
+        update_weights(self.model, backbone_weights)
         self.__dict__.pop("backbone", None)  # to be made anew
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -672,6 +689,10 @@ def read_torch_file(path) -> dict:
     if not Path(path).is_file():
         raise UserError(f"{path} is no file, but a folder or a device" if Path(path).exists() else f"no such file: {path}")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch writes checksums, and does not look at them
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
@@ -803,7 +824,17 @@ def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path):
         details = "; ".join(f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
                             for kind, keys in wrong.items() if keys)
         raise UserError(f"{path} does not fit the architecture {arch}: {details}")
-    model.load_state_dict(state_dict, assign=True)
+    update_weights(model, state_dict, assign=True)
+
+
+def update_weights(model: torch.nn.Module, weights: dict, assign: bool = False):
+    """Give a model weights by name; those that are not among them it keeps.
+
+    They pass through a state dict of torch's own kind, which also knows the versions of its modules: MNASNet asks for its own.
+    """
+    own = model.state_dict()
+    own.update(weights)
+    model.load_state_dict(own, assign=assign)
 
 
 def is_plain(value, dtype: torch.dtype) -> bool:

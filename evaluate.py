@@ -18,6 +18,7 @@ import platform
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +32,8 @@ import PIL
 
 from common import (EXIT_BELOW_BAR, SPLITS, TTA_HELP, FrozenModel, ImageError, LazyModule, Progress, UserError,
                     add_hardware_options, checkpoint_precision, checkpoint_views, command, file_hash, fraction, log,
-                    make_parser, pick_device, read_batches, read_checkpoint, read_image, read_split, reader_threads, replacing,
-                    torch, torchvision)
+                    make_parser, pick_device, printable, read_batches, read_checkpoint, read_image, read_split,
+                    read_torch_file, reader_threads, replacing, torch, torchvision)
 
 matplotlib = LazyModule("matplotlib")
 Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95% interval
@@ -100,19 +101,44 @@ def main(argv=None):
     histories = read_histories(args, models)
     paths, truth, notes = read_truth(args.data / args.split, models, args.allow_missing)
     data_sha256 = hash_split(paths, truth, args.workers)
-    for model in models:
-        model.folder.mkdir(parents=True, exist_ok=True)
-        classify(model, paths, truth, device, args)
-        measure(model)
+    with staged(args.out, [model.part for model in models]) as folder:
+        for model in models:
+            model.folder = folder / model.part
+            model.folder.mkdir(exist_ok=True)
+            classify(model, paths, truth, device, args)
+            measure(model)
+        metrics = write_all(models, histories, paths, notes, data_sha256, folder, args)
+    log(f"wrote {args.out}/report.html, metrics.json and the files beside them")
+    print(json.dumps(metrics))
+    if args.fail_under is not None and metrics["accuracy"] < args.fail_under:
+        log(f"accuracy {metrics['accuracy']:.4f} is below --fail-under {args.fail_under}")
+        return EXIT_BELOW_BAR
+
+
+@contextlib.contextmanager
+def staged(out: Path, parts: list[str]):
+    """A folder whose files replace those of an earlier report when the block has ended well: none is half old, half new."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".report.", suffix=".tmp", dir=out) as folder:
+        yield Path(folder)
+        for part in parts:
+            (out / part).mkdir(exist_ok=True)
+            for name in ("comparison.png", "curves.png", "mistakes.png"):  # this report may have none
+                if not Path(folder, part, name).exists():
+                    (out / part / name).unlink(missing_ok=True)
+            for file in filter(Path.is_file, Path(folder, part).iterdir()):
+                file.replace(out / part / file.name)
+
+
+def write_all(models: list, histories: list, paths: list[str], notes: list[str], data_sha256: str, folder: Path, args) -> dict:
+    """Tell what was measured, and write the report; returns what metrics.json has."""
     comparisons = compare(models)
-    for stale in (model.folder / picture for model in models for picture in ("comparison.png", "curves.png", "mistakes.png")):
-        stale.unlink(missing_ok=True)  # of an earlier report: this one may have none
     sections = [Section("Note", notes)] if notes else []
-    sections += describe_comparison(models, comparisons, args.out / "comparison.png") if comparisons else []
+    sections += describe_comparison(models, comparisons, folder / "comparison.png") if comparisons else []
     for model in models:
         write_tables(model, paths)
         sections += describe(model, paths, f"{model.name}: " if comparisons else "")
-    sections += describe_curves(histories, args.out / "curves.png") if histories else []
+    sections += describe_curves(histories, folder / "curves.png") if histories else []
     metrics = {"checkpoint": str(args.checkpoint[0]), "data": str(args.data), "split": args.split, "tta": args.tta,
                **plain(models[0].metrics), "curves": [history.findings for history in histories], "notes": notes,
                "intervals": INTERVALS, "command": args.command, "data_sha256": data_sha256,
@@ -120,20 +146,16 @@ def main(argv=None):
                             "torchvision": str(torchvision.__version__), "pillow": PIL.__version__,
                             "matplotlib": matplotlib.__version__}}
     if comparisons:
-        metrics["models"] = [{"name": model.name, "checkpoint": str(model.path), "folder": str(model.folder),
+        metrics["models"] = [{"name": model.name, "checkpoint": str(model.path), "folder": str(args.out / model.part),
                               **plain(model.metrics)} for model in models]
         metrics["comparisons"] = [plain(pair) for pair in comparisons]
     for section in sections:
         show(section)
     title = f"{', '.join(model.name for model in models)} on {args.data.resolve().name}/{args.split}"
-    write_report(args.out / "report.html", title, [*sections, describe_making(models, metrics)])
-    with replacing(args.out / "metrics.json") as file:
+    write_report(folder / "report.html", title, [*sections, describe_making(models, metrics)])
+    with replacing(folder / "metrics.json") as file:
         file.write(json.dumps(metrics, indent=2) + "\n")
-    log(f"wrote {args.out}/report.html, metrics.json and the files beside them")
-    print(json.dumps(metrics))
-    if args.fail_under is not None and metrics["accuracy"] < args.fail_under:
-        log(f"accuracy {metrics['accuracy']:.4f} is below --fail-under {args.fail_under}")
-        return EXIT_BELOW_BAR
+    return metrics
 
 
 # ---------------------------------------------------------------- input
@@ -158,7 +180,7 @@ def read_models(args) -> list[SimpleNamespace]:
             raise UserError(f"{path}: {error}") from None
         models.append(SimpleNamespace(path=path, name=name, checkpoint=checkpoint, network=network, views=views,
                                       temperature=temperature, classes=checkpoint["classes"],
-                                      folder=args.out / name if models else args.out))
+                                      part=name if models else ""))
     return models
 
 
@@ -186,7 +208,8 @@ def read_truth(folder: Path, models: list, allow_missing: bool) -> tuple[list[st
     if folder.name in TAINTED:
         notes.append(f"{folder}: {TAINTED[folder.name]}")
     if absent := [name for name in dict.fromkeys(sum((model.classes for model in models), [])) if name not in truth]:
-        notes.append(f"{folder} has no images of {', '.join(absent)}: the numbers are over the other classes.")
+        notes.append(f"{folder} has no images of {', '.join(absent)}: of these nothing is measured, but to take another class "
+                     "for one of them is a mistake, and an F1 of 0 in macro F1.")
     for note in notes:
         log(f"warning: {note}")
     return paths, truth, notes
@@ -206,7 +229,7 @@ def read_histories(args, models: list) -> list[SimpleNamespace]:
     """
     saved = {model.path.resolve().with_name("history.csv"): model.checkpoint["metrics"].get("epoch") for model in models}
     histories, paths = [], args.history or list(dict.fromkeys(path.with_name("history.csv") for path in args.checkpoint))
-    for path, name in zip(paths, short_names(paths)):
+    for number, (path, name) in enumerate(zip(paths, short_names(paths))):
         if not path.exists():
             if args.history:
                 raise UserError(f"no such file: {path}")
@@ -220,11 +243,20 @@ def read_histories(args, models: list) -> list[SimpleNamespace]:
                 raise ValueError
             with_val = [row for row in rows if not math.isnan(row["val_loss"])]
             best = min(with_val, key=lambda row: row["val_loss"]) if with_val else rows[-1]
-            best = next((row for row in rows if row["epoch"] == saved.get(path.resolve())), best)
+            best = next((row for row in rows if row["epoch"] == saved_epoch(path, saved)), best)
         except (ValueError, LookupError, TypeError, OverflowError, csv.Error):
             raise UserError(f"{path} is no history of train.py, with numbers under epoch, train_loss, train_acc, ...") from None
-        histories.append(SimpleNamespace(path=path, name=name, rows=rows, best=best))
+        histories.append(SimpleNamespace(path=path, name=name, rows=rows, best=best, number=number))
     return histories
+
+
+def saved_epoch(history: Path, known: dict):
+    """The epoch of the model beside a history: of a checkpoint given, else of the model.pt there; None where there is none."""
+    beside = history.with_name("model.pt")
+    if history.resolve() not in known and history.name == "history.csv" and beside.exists():
+        with contextlib.suppress(UserError, AttributeError):  # it is only looked at
+            return read_torch_file(beside).get("metrics").get("epoch")
+    return known.get(history.resolve())
 
 
 # ---------------------------------------------------------------- measuring
@@ -239,6 +271,7 @@ def classify(model: SimpleNamespace, paths: list[str], truth: list[str], device:
     frozen = FrozenModel(model.network, preprocessing, len(model.classes), device,
                          checkpoint_precision(model.checkpoint, args.precision))
     results, times = [], []
+    frozen.backbone  # made here, so that its time is nobody's
     with Progress(f"evaluate {model.name}", len(paths)) as progress:
         for batch in read_batches(paths, preprocessing, frozen.batch_size, args.workers):
             if bad := [pixels for _, pixels in batch if isinstance(pixels, ImageError)]:
@@ -406,11 +439,6 @@ def write_tables(model: SimpleNamespace, paths: list[str]):
             csv.writer(file).writerows([heading, *rows])
 
 
-def printable(text: str) -> str:
-    """Text for a line, a picture or a page: what cannot be shown, such as a line break in a file's name, is escaped."""
-    return text if text.isprintable() else repr(text)[1:-1]
-
-
 def shorten(text: str, length: int = 26) -> str:
     text = printable(text)
     return text if len(text) <= length else f"{text[:length // 2 - 1]}...{text[2 - length // 2:]}"
@@ -428,7 +456,7 @@ def describe(model: SimpleNamespace, paths: list[str], prefix: str) -> list[Sect
     """Draw a model's pictures, and tell what its numbers say."""
     numbers, n, wrong = model.metrics, model.metrics["n"], (~model.right).sum().item()
     accuracy, low, high = numbers["accuracy"]
-    known = [row for row in numbers["per_class"] if row["f1"].value is not None]
+    known = [row for row in numbers["per_class"] if row["support"]]
     worst = [f"{row['class']} ({row['f1'].value:.3f})" for row in sorted(known, key=lambda row: row["f1"].value)[:3]]
     claimed, surest = numbers["mean_probability"], numbers["coverage"][-1]
     verdict = ("that is within the interval of the accuracy" if low <= claimed <= high else
@@ -674,23 +702,25 @@ def plot_mistakes(path: Path, model: SimpleNamespace, paths: list[str], columns:
 def plot_curves(path: Path, histories: list):
     """Loss and accuracy over the epochs, with a dot at the best: a colour per split, or per run where there are several."""
     several = len(histories) > 1
-    with drawing(path, 11, 4.6) as figure:
+    lines = math.ceil(3 * len(histories) / 2) if several else 4
+    with drawing(path, 11, 4.6 + 0.2 * lines) as figure:
         for axes, what, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("Cross entropy (nats)", "Accuracy")):
-            for run, history in enumerate(histories):
+            for history in histories:
                 epochs, at = [row["epoch"] for row in history.rows], history.rows.index(history.best)
                 for number, (split, line) in enumerate(zip(SPLITS, (":", "-", "--"))):
                     values = [row[f"{split}_{what}"] for row in history.rows]
                     if not all(map(math.isnan, values)):
                         label = (f"{shorten(history.name)}, " if several else "") + f"{split} {values[at]:.4f}"
                         axes.plot(epochs, values, line, marker="o", markevery=[at], linewidth=1.6, label=label,
-                                  color=COLOURS[(run if several else number) % len(COLOURS)])
+                                  color=COLOURS[(history.number if several else number) % len(COLOURS)])
                 if not several:
                     axes.axvline(history.best["epoch"], color="0.6", linestyle="--", linewidth=1, zorder=0,
                                  label=f"best epoch: {history.best['epoch']}")
             axes.set(title=title, xlabel="epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.25)
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, title="dot: best epoch" if several else None, ncols=1 + several, loc="upper center",
+                        bbox_to_anchor=(0.5, -0.13))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from common import (EXIT_SOME_UNREADABLE, TTA_HELP, FrozenModel, ImageError, LazyModule, Progress, UserError,
                     add_hardware_options, checkpoint_precision, checkpoint_views, command, find_images, fraction, log,
-                    make_parser, pick_device, positive_int, read_batches, read_checkpoint, read_image, replacing, torch)
+                    make_parser, pick_device, positive_int, printable, read_batches, read_checkpoint, read_image, replacing,
+                    torch)
 
 matplotlib = LazyModule("matplotlib")
 PLOT_COLUMNS, PLOT_ROWS, PLOT_BARS = 3, 6, 5
@@ -149,7 +151,7 @@ def list_paths(arguments: list[str], null: bool):
     for argument in arguments:
         if argument == "-":
             yield from read_names(null)
-        elif Path(argument).is_dir():
+        elif os.path.isdir(argument):
             yield from find_images(argument)
         else:
             yield argument
@@ -169,12 +171,11 @@ def read_names(null: bool):
 
 def record_writer(form: str, classes: list[str], top_k: int):
     """A function write(path, (class, probability) pairs, error or None) that prints one record in the format asked for."""
-    width = max(map(len, [*classes, UNKNOWN]))
+    width = max(len(printable(name)) for name in [*classes, UNKNOWN])
 
     def write_table(path, best, error):
-        path = path if path.isprintable() else repr(path)
-        columns = "  ".join(f"{p:7.2%} {name if name.isprintable() else repr(name):<{width}}" for name, p in best)
-        print(f"{columns}  {path}" if best else f"error:  {path} ({error})")
+        columns = "  ".join(f"{p:7.2%} {printable(name):<{width}}" for name, p in best)
+        print(f"{columns}  {printable(path)}" if best else f"error:  {printable(path)} ({error})")
 
     def write_jsonl(path, best, error):
         first, *rest = [{"class": name, "probability": round(p, 6)} for name, p in best] or [{"error": error}]
@@ -182,7 +183,7 @@ def record_writer(form: str, classes: list[str], top_k: int):
 
     if form != "csv":
         return {"table": write_table, "jsonl": write_jsonl}[form]
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer = csv_writer(sys.stdout)
     others = [f"{what}_{k}" for k in range(2, top_k + 1) for what in ("class", "probability")]
     writer.writerow(["path", "class", "probability", *others, "error"])
 
@@ -190,6 +191,11 @@ def record_writer(form: str, classes: list[str], top_k: int):
         cells = [cell for name, p in best for cell in (name, round(p, 6))] or [""] * (2 * top_k)
         writer.writerow([path, *cells, error or ""])
     return write_csv
+
+
+def csv_writer(file):
+    """A csv.writer whose lines end in a line feed; told so itself, that of Python 3.10 would not quote a carriage return."""
+    return csv.writer(SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n")))
 
 
 # ---------------------------------------------------------------- pictures
@@ -224,6 +230,8 @@ class Album:
     """Pages of pictures: each image, where it speaks for its class if asked for, and bars of its most probable classes."""
 
     def __init__(self, file: Path, explained: FrozenModel | None):
+        if file.suffix.lower() != ".png":
+            raise UserError(f"--plot {file}: pictures are PNG files; call it {file.with_suffix('.png').name}")
         if not file.parent.is_dir() or file.is_dir():
             raise UserError(f"--plot {file}: " + ("is a folder" if file.is_dir() else f"no such folder: {file.parent}"))
         self.file, self.explained, self.page, self.waiting = file, explained, 1, []
@@ -234,7 +242,7 @@ class Album:
             self.save_page()
         thumbnail = read_image(path)
         thumbnail.thumbnail((360, 360))
-        name = Path(path).name.encode("utf-8", "replace").decode()
+        name = printable(Path(path).name)
         heat = explain(self.explained, pixels, target) if self.explained else None
         self.waiting.append((thumbnail, name, best[:PLOT_BARS], heat, title))
 
@@ -268,12 +276,13 @@ class Album:
             values = [p for _, p in best]
             right.barh(range(len(best)), values, color=["#8cbde6"] + ["0.85"] * (len(best) - 1))
             for position, (label, p) in enumerate(best):
-                right.text(0.02, position, f"{label}  {p:.1%}", va="center", fontsize=8)
+                right.text(0.02, position, f"{printable(label)}  {p:.1%}", va="center", fontsize=8)
             right.set(xlim=(0, 1), xticks=[], yticks=[], ylim=(PLOT_BARS - 0.5, -0.5))
-            right.set_title(title, fontsize=10, fontweight="bold")
+            right.set_title(printable(title), fontsize=10, fontweight="bold")
             right.spines[["top", "right", "bottom"]].set_visible(False)
         file = self.file if self.page == 1 else self.file.with_name(f"{self.file.stem}-{self.page}{self.file.suffix}")
-        with replacing(file, "wb") as opened:
+        with replacing(file, "wb") as opened, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # letters that the font lacks are boxes, and no noise
             figure.savefig(opened, format="png", dpi=120)
         log(f"wrote {file}")
         self.waiting, self.page = [], self.page + 1
@@ -287,11 +296,9 @@ def read_scene(path: Path, tile: int) -> Image.Image:
     And UserError where an EXIF tag turns the picture under its world file, since programs disagree on what is meant then.
     """
     Image.MAX_IMAGE_PIXELS = SCENE_PIXELS // 2  # Pillow warns beyond this, and refuses beyond twice this
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        scene = read_image(path)
-        with Image.open(path) as raw:
-            turned = raw.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    scene = read_image(path)
+    with Image.open(path) as raw:
+        turned = raw.getexif().get(ExifTags.Base.Orientation, 1) != 1
     if turned and read_world_file(path):
         raise UserError(f"{path} is to be turned by its EXIF tag, and its world file is not: save it upright, without the tag")
     if min(scene.size) < tile:
@@ -319,7 +326,7 @@ def map_scene(scene: Image.Image, classify, classes: list[str], args):
     names = [*classes, UNKNOWN]
     shares = measure_shares(winner, len(names), args.stride, scene)
     with replacing(args.out / "map.csv") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv_writer(file)
         writer.writerow(["row", "column", "class", "probability"])
         for row, cells in enumerate(zip(winner.tolist(), probability.tolist())):
             writer.writerows([row, column, names[index], round(p, 6)] for column, (index, p) in enumerate(zip(*cells)))
@@ -327,9 +334,12 @@ def map_scene(scene: Image.Image, classify, classes: list[str], args):
     with replacing(args.out / "map.png", "wb") as file:
         draw_map(scene.reduce(factor), winner, args.stride / factor, names, shares).save(file, format="png")
     write_world_file(args.out / "map.pgw", world, factor)
+    percent = {name: 0.0 for name in names}
+    for name, share in zip(names, shares):  # a class may be called "unknown" too
+        percent[name] += share
     report = {"scene": str(args.scene), "map": str(args.out / "map.png"), "tiles": len(tops) * len(lefts), "rows": len(winner),
               "columns": len(winner[0]), "cell_pixels": args.stride, "map_scale": factor,
-              "percent": {name: round(share, 4) for name, share in zip(names, shares)}}
+              "percent": {name: round(share, 4) for name, share in percent.items()}}
     with replacing(args.out / "map.json") as file:
         file.write(json.dumps(report, indent=2) + "\n")
     log(f"wrote {args.out}/map.png, map.csv, map.json" + (", map.pgw" if world else ""))
@@ -375,7 +385,7 @@ def draw_map(scene: Image.Image, winner: torch.Tensor, cell: float, names: list[
     font = ImageFont.load_default(max(12, max(picture.size) // 60))
     line = 2 * round(font.size * 0.75)
     present = sorted((index for index in range(len(names)) if shares[index]), key=lambda index: -shares[index])
-    texts = [f"{names[index]}  {shares[index]:.1f} %" for index in present[:LEGEND_ROWS]]
+    texts = [f"{printable(names[index])}  {shares[index]:.1f} %" for index in present[:LEGEND_ROWS]]
     if others := present[LEGEND_ROWS:]:
         texts.append(f"{len(others)} more  {sum(shares[index] for index in others):.1f} %")
     width = round(max(map(font.getlength, texts))) + 3 * line

@@ -38,7 +38,7 @@ from common import (CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, LARGEST_SI
                     checkpoint_precision, class_folders, command, file_hash, find_head, fraction, is_checkpoint, load_weights,
                     locked, log, make_parser, not_negative, one_line, pick_device, positive_float, positive_int, read_batches,
                     read_checkpoint, read_image, read_split, read_torch_file, reader_threads, replacing, resize, seed_number,
-                    send, signals_held, torch, torchvision, turn, whole_steps)
+                    send, signals_held, torch, torchvision, turn, update_weights, whole_steps)
 
 v2 = LazyModule("torchvision.transforms.v2")
 IMBALANCED = 5  # the largest class has so many times the images of the smallest: worth a warning
@@ -156,14 +156,19 @@ def main(argv=None):
     if args.list_archs:
         print("\n".join(architectures()))
         return
+    if RANK == 0 and (args.out / ".lock").exists():  # whoever is in the way is told so before torch is loaded
+        with locked(args.out / ".lock"):
+            pass
     device = join_processes(pick_device(args.device))
-    with contextlib.ExitStack() as lock, told_way_on():
+    with contextlib.ExitStack() as lock, told_way_on(args):
         job = share(lambda: prepare(args, lock))
         frozen = FrozenModel(job.model, job.preprocessing, len(job.classes), device, args.precision, args.compile)
         key = feature_key(job.model, job.model_kwargs, frozen, args.arch)
         settings = run_settings(args, job, key)
         if job.unfinished:
             check_resumable(args, job.unfinished, settings)
+        if args.restart and RANK == 0:  # not earlier, where a wrong argument would have cost it
+            (args.out / "last.pt").unlink(missing_ok=True)
         rival_acc = job.rival and measure_rival(job, device, args)
         sample = sample_val(job, args)
         deadline = start + 60 * (args.max_minutes or math.inf)
@@ -190,8 +195,8 @@ def main(argv=None):
         row = run["best"]["row"]
         better = rival_acc is None or row["val_acc"] >= rival_acc
         if better:
-            write_history(args.out / "history.csv", run["history"])
             save_model(args, frozen, job, run["best"], config | {"seed": run.get("seed", args.seed)})
+            write_history(args.out / "history.csv", run["history"])
         save_last(args, settings, finished=True)
     print(json.dumps({"model": str(args.out / "model.pt"), "history": str(args.out / "history.csv"), "arch": args.arch,
                       "epochs": len(run["history"]), "best_epoch": row["epoch"],
@@ -205,12 +210,13 @@ def main(argv=None):
 
 
 @contextlib.contextmanager
-def told_way_on():
+def told_way_on(args):
     """Where the block is interrupted, tell how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        log("stopped; the same command with --resume goes on after the last finished epoch, and knows the features so far")
+        log(f"stopped; the same command with --resume{' in place of --restart' * args.restart} goes on after the last finished "
+            "epoch, and knows the features so far")
         raise
 
 
@@ -1271,7 +1277,7 @@ class FineTuning:
         return {key: value.clone() for key, value in self.network.state_dict().items()}
 
     def load(self, weights: dict):
-        self.network.load_state_dict(weights)
+        update_weights(self.network, weights)
 
 
 def tell_stage(backbone: torch.nn.Module, names: list[str]):
@@ -1425,7 +1431,7 @@ def save_model(args, frozen: FrozenModel, job: SimpleNamespace, best: dict, conf
         "format": CHECKPOINT_FORMAT, "version": FORMAT_VERSION, "arch": args.arch, "model_kwargs": job.model_kwargs,
         "classes": job.classes, "preprocessing": frozen.preprocessing, "temperature": best["temperature"],
         "temperature_tta": best["temperature_tta"], "views": VIEWS[args.augment], "metrics": best["row"],
-        "state_dict": {key: value.cpu() for key, value in frozen.model.state_dict().items()},
+        "state_dict": frozen.model.cpu().state_dict(),
         "args": plain_arguments(args) | config | {"precision": precision},
         "versions": {"python": platform.python_version(), **library_versions()}})
 

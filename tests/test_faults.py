@@ -58,6 +58,29 @@ def test_checkpoints_that_make_no_sense(run, trained, tree, tmp_path, change, wo
         assert words in run(script, "--checkpoint", tmp_path / "odd.pt", *rest, code=2).error[0]
 
 
+def test_a_flipped_bit_is_noticed(run, trained, tree, tmp_path):
+    """Anywhere in the values: torch.load would take a class that is called otherwise, or other weights, without a word."""
+    whole = trained.model.read_bytes()
+    names = whole.index(b"green")
+    for at in (names, names + 1, len(whole) // 3, len(whole) // 2, 2 * len(whole) // 3):
+        (tmp_path / "flipped.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
+        assert "damaged" in run("predict", "--checkpoint", tmp_path / "flipped.pt", tree / "test", code=2).error[0]
+
+
+def test_a_report_is_all_new_or_all_old(run, trained, tree, tmp_path, monkeypatch):
+    """A disk that fills up while the last file is written leaves the earlier report as it was."""
+    import evaluate
+    argv = ("--checkpoint", trained.model, "--data", tree, "--out", tmp_path / "report")
+    run("evaluate", *argv)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "report.html")
+    monkeypatch.setattr(evaluate, "write_report", full)
+    assert "report.html: No space" in run("evaluate", *argv, "--split", "val", code=2).error[0]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+
+
 def test_full_disk(trained, tree, tmp_path):
     """Files may have 20 MB, which a ResNet-18 has not room in: one line, the old model stands, and nothing is left lying."""
     shutil.copytree(trained.folder, tmp_path / "out", ignore=shutil.ignore_patterns("report"))  # of other tests

@@ -112,6 +112,24 @@ def test_names_of_any_bytes(trained, images, tmp_path):
     assert done.returncode == 3 and [row["class"] for row in records(done.stdout)] == ["red", ""]
 
 
+def test_class_and_file_names_that_no_font_has(run, trained, images, tmp_path):
+    """A class of bytes that are no UTF-8 and a file name with a carriage return: the records parse, the picture is drawn."""
+    content = torch.load(trained.model, weights_only=True)
+    torch.save({**content, "classes": ["bad\udcff", "two\nlines", "\u6c34"]}, tmp_path / "odd.pt")
+    (images / "0.png").rename(images / "return\r.png")
+    line = [sys.executable, ROOT / "predict.py", "--checkpoint", tmp_path / "odd.pt", images, "--plot", tmp_path / "plot.png"]
+    done = subprocess.run(list(map(str, line)), capture_output=True, timeout=300)
+    assert done.returncode == 0 and b"Warning" not in done.stderr and (tmp_path / "plot.png").exists()
+    rows = list(csv.DictReader(io.StringIO(done.stdout.decode("utf-8", "surrogateescape"), newline="")))
+    assert str(images / "return\r.png") in {row["path"] for row in rows} and {row["class"] for row in rows} == {"bad\udcff", "two\nlines", "\u6c34"}
+    assert "PNG" in run("predict", "--checkpoint", trained.model, images, "--plot", tmp_path / "plot.jpg", code=2).error[0]
+
+
+def test_arguments_that_cannot_be_looked_at_are_records(run, trained, images):
+    result = run("predict", "--checkpoint", trained.model, images / f"{300 * 'a'}.png", images / "2.png", code=3)
+    assert [row["class"] for row in records(result.out)] == ["", "red"]
+
+
 def test_broken_exif_is_no_reason_to_refuse(run, trained, images):
     Image.open(images / "2.png").save(images / "3.png", exif=b"II*\0")
     assert records(run("predict", "--checkpoint", trained.model, images / "3.png").out)[0]["class"] == "red"

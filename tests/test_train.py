@@ -128,7 +128,7 @@ def test_seed_repeats_to_the_bit(run, trained, tree, tmp_path):
 
 
 @pytest.mark.parametrize("arch, size", [("squeezenet1_1", 64), ("googlenet", 64), ("inception_v3", 96), ("maxvit_t", 224), ("vit_b_32", 224),
-                                        ("densenet121", 64), ("convnext_tiny", 64), ("vgg11", 64)])
+                                        ("densenet121", 64), ("convnext_tiny", 64), ("vgg11", 64), ("mnasnet0_5", 64)])
 def test_odd_architectures(run, tmp_path, arch, size):
     """Trained, saved, loaded by plain torchvision, evaluated from pixels: the accuracies agree."""
     data = make_tree(tmp_path / "data", counts=(("train", 6), ("test", 4)))
@@ -158,6 +158,30 @@ def test_pretrained_inception_expects_its_own_input_scale(run, tree, tmp_path):
     torch.save(torchvision.models.googlenet(init_weights=False).state_dict(), tmp_path / "googlenet.pth")
     run("train", "--data", tree, "--out", tmp_path / "out", "--epochs", 1, "--arch", "googlenet", "--weights", tmp_path / "googlenet.pth", "--image-size", 64)
     assert load(tmp_path / "out" / "model.pt")["model_kwargs"] == {"num_classes": 3, "aux_logits": False, "transform_input": True}
+
+
+def test_restart_discards_for_good(run, tree, tmp_path, monkeypatch):
+    """A restart that is stopped before its first epoch does not bring back the run that it discarded; a wrong argument costs nothing."""
+    import train
+    args = ["--data", tree, "--epochs", 4, *SMALL, "--out", tmp_path / "out"]
+    real_save, real_fit = train.save_last, train.fit
+
+    def die(*positional, **state):
+        real_save(*positional, **state)
+        raise KeyboardInterrupt
+
+    def die_at_once(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save_last", die)
+    run("train", *args, code=130)
+    run("train", *args, "--restart", "--weights", tmp_path / "ghost.pth", code=2)
+    assert load(tmp_path / "out" / "last.pt")["finished"] is False
+    monkeypatch.setattr(train, "fit", die_at_once)
+    assert "in place of --restart" in run("train", *args, "--restart", "--lr", 0.02, code=130).err
+    monkeypatch.undo()
+    assert train.fit is real_fit
+    result = run("train", *args, "--lr", 0.02, "--resume")
+    assert "nothing to resume" in result.err and result.json["epochs"] == 4
 
 
 def test_resume_ends_as_if_never_stopped(run, trained, tree, tmp_path, monkeypatch):
