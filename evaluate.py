@@ -702,7 +702,7 @@ def plot_mistakes(path: Path, model: SimpleNamespace, paths: list[str], columns:
 def plot_curves(path: Path, histories: list):
     """Loss and accuracy over the epochs, with a dot at the best: a colour per split, or per run where there are several."""
     several = len(histories) > 1
-    lines = math.ceil(3 * len(histories) / 2) if several else 4
+    lines = math.ceil(3 * len(histories) / 2) + several  # of the legend
     with drawing(path, 11, 4.6 + 0.2 * lines) as figure:
         for axes, what, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("Cross entropy (nats)", "Accuracy")):
             for history in histories:
@@ -719,8 +719,8 @@ def plot_curves(path: Path, histories: list):
             axes.set(title=title, xlabel="epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.25)
-            axes.legend(fontsize=8, title="dot: best epoch" if several else None, ncols=1 + several, loc="upper center",
-                        bbox_to_anchor=(0.5, -0.13))
+            axes.legend(fontsize=8, title="dot: best epoch" if several else None, ncols=2, loc="upper center",
+                        bbox_to_anchor=(0.5, -0.13), title_fontsize=8)
 
 
 if __name__ == "__main__":
