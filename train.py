@@ -94,7 +94,7 @@ def parse_args(argv):
                        help="stop after N epochs without a better one on val")
     group.add_argument("--max-minutes", type=positive_float, metavar="M",
                        help="shorten the training to end within M minutes of the start, with a finished model; the pass over "
-                            "the images and one epoch are always done")
+                            "the images and one epoch are always done, and before a fine-tuning the classifier's own training")
     group.add_argument("--seed", type=seed_number, default=0, metavar="N",
                        help="of the new classifier, the order of images and the views drawn")
     group = parser.add_argument_group("fine-tuning")
@@ -197,6 +197,8 @@ def main(argv=None):
         if better:
             save_model(args, frozen, job, run["best"], config | {"seed": run.get("seed", args.seed)})
             write_history(args.out / "history.csv", run["history"])
+            for stale in ("tune.csv", "tune.png") if not args.tune else ():  # of an earlier run
+                (args.out / stale).unlink(missing_ok=True)
         save_last(args, settings, finished=True)
     print(json.dumps({"model": str(args.out / "model.pt"), "history": str(args.out / "history.csv"), "arch": args.arch,
                       "epochs": len(run["history"]), "best_epoch": row["epoch"],
@@ -289,7 +291,7 @@ def read_tree(args):
             log(f"warning: {data / split} has no images of {', '.join(absent)}")
     if "val" not in splits:
         if wanted := [f"--{name}" for name in ("tune", "patience", "only-if-better") if getattr(args, name.replace("-", "_"))]:
-            raise UserError(f"{' and '.join(wanted)} choose on val, and {data} has no val/; prepare_data.py makes one")
+            raise UserError(f"{' and '.join(wanted)}: {data} has no val/ to choose on; prepare_data.py makes one")
         log(f"{data} has no val/: nothing is selected; the last epoch is the model, the temperature is 1")
     counts = {name: int(count) for name, count in zip(classes, splits["train"][1].bincount(minlength=len(classes)))}
     if args.class_weights is None and max(counts.values()) >= IMBALANCED * min(counts.values()):
@@ -799,7 +801,7 @@ class Heads:
 
     def groups(self, configs: list[dict]) -> list[dict]:
         return [group for head, config in zip(self.heads, configs)
-                for group in parameter_groups(head.parameters(), config["lr"], config)]
+                for group in parameter_groups(head, config["lr"], config)]
 
     def batches(self, epoch: int):
         """Yield (features [B, D], class indices [B], 1) in an order, and of views, that seed and epoch alone decide."""
@@ -835,10 +837,13 @@ class Heads:
         self.heads[0].load_state_dict(weights)
 
 
-def parameter_groups(parameters, lr: float, config: dict) -> list[dict]:
-    """Groups for the optimizer; weight decay spares vectors, which are biases and the scales of norms."""
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [([p for p in parameters if p.dim() > 1], config["weight_decay"]), ([p for p in parameters if p.dim() <= 1], 0.0)]
+def parameter_groups(module: torch.nn.Module, lr: float, config: dict) -> list[dict]:
+    """Groups for the optimizer; weight decay spares biases, also those in tables, and scales, those of norms and others."""
+    groups = ([], config["weight_decay"]), ([], 0.0)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            own = name.rpartition(".")[2]
+            groups[parameter.dim() <= 1 or "bias" in own or "scale" in own][0].append(parameter)
     return [{"params": members, "lr": lr, "peak": lr, "epochs": config["epochs"], "weight_decay": decay}
             for members, decay in groups if members]
 
@@ -887,7 +892,7 @@ def fit(learner, configs: list[dict], splits, args, deadline: float = math.inf, 
                 torch.nn.utils.clip_grad_norm_(learner.network.parameters(), learner.clip_norm)
             optimizer.step()
             losses.append(loss.detach())
-            rates.append(optimizer.param_groups[-1]["lr"])
+            rates.append({group["lr"] for group in optimizer.param_groups})
             if len(configs) == 1 and (learner.device.type == "cpu" or step % 50 == 49 or step + 1 == learner.steps):
                 check_finite(losses, rates, epoch, learner.steps)  # a GPU is not made to wait at every step
         measured = {split: measure(learner, split, active) for split in splits}
@@ -959,8 +964,9 @@ def check_finite(losses: list, rates: list, epoch: int, steps: int):
     losses.clear()
 
 
-def diverged(what: str, epoch: int, step: int, steps: int, rate: float) -> UserError:
-    return UserError(f"{what} in epoch {epoch} at step {step} of {steps}, with learning rate {rate:g}: lower --lr, or "
+def diverged(what: str, epoch: int, step: int, steps: int, rates: set) -> UserError:
+    told = " and ".join(f"{rate:g}" for rate in sorted(rates))
+    return UserError(f"{what} in epoch {epoch} at step {step} of {steps}, with learning rate {told}: lower --lr, or "
                      "--backbone-lr where the network learns (an unfinished run is discarded with --restart)")
 
 
@@ -1096,8 +1102,6 @@ def train_heads(head, data: dict, args, settings: dict, deadline: float, state: 
 
     `state` is that of an unfinished run's last.pt, which is rewritten, as is history.csv, after each epoch.
     """
-    for stale in ("tune.csv", "tune.png") if not args.tune else ():  # of an earlier run
-        (args.out / stale).unlink(missing_ok=True)
     config = state["config"] if state else tune(head, data, args, deadline) if args.tune else plain_config(args)
     runs = state["runs"] if state else []
     for seed in range(args.seed + len(runs), args.seed + args.seeds):
@@ -1203,6 +1207,7 @@ class FineTuning:
         self.data = {split: (None, targets.to(self.device)) for split, (_, targets) in job.splits.items()}
         count = len(self.data["train"][1])
         self.steps = min(math.ceil(count / args.batch_size), max(1, count // WORLD))  # no process is without an image
+        least = count // self.steps // WORLD
         self.images = Images(job.splits, job.files, frozen, args.workers)
         if args.compile:
             frozen.backbone  # a compiler that does not work shows here
@@ -1215,6 +1220,9 @@ class FineTuning:
         stage = [backbone.get_submodule(name).requires_grad_(True) for name in names]
         self.learning = [module for module in stage  # BatchNorm keeps its statistics, if it has any worth keeping
                          if args.weights == "none" or not isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+        if least < 1 + any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in self.learning):
+            raise UserError(f"a step has {least} images in some process, too few to learn from, with random weights and "
+                            "BatchNorm at least 2: raise --batch-size, or start fewer processes")
         self.network = torch.nn.Module()
         self.network.backbone, self.network.head = backbone, head.to(self.device).requires_grad_(True)
         self.run = self.network
@@ -1234,8 +1242,8 @@ class FineTuning:
 
     def groups(self, configs: list[dict]) -> list[dict]:
         config, = configs
-        return [*parameter_groups(self.network.backbone.parameters(), config["backbone_lr"], config),
-                *parameter_groups(self.network.head.parameters(), config["lr"], config)]
+        return [*parameter_groups(self.network.backbone, config["backbone_lr"], config),
+                *parameter_groups(self.network.head, config["lr"], config)]
 
     def batches(self, epoch: int):
         """Yield (images [B, 3, S, S], class indices [B] or shares [B, C], this process's share of the step).

@@ -222,14 +222,14 @@ def test_features_are_remembered_by_content(run, tree, tmp_path):
     shutil.copytree(tree, data)
     args = ["--data", data, "--epochs", 2, "--augment", "flip", "--cache", tmp_path / "cache", *SMALL]
     assert f"the cache {tmp_path / 'cache'} holds" in run("train", *args, "--out", tmp_path / "first").err
-    assert "174 remembered" in run("train", *args, "--out", tmp_path / "second").err
+    assert "222 remembered" in run("train", *args, "--out", tmp_path / "second").err
     run("train", *args, "--out", tmp_path / "without", "--no-cache")
     first, second, without = (load(tmp_path / name / "model.pt")["state_dict"] for name in ("first", "second", "without"))
     assert same(first, second) and same(first, without)
     (data / "train" / "red" / "red 0.png").rename(data / "train" / "red" / "x.png")
     (data / "test" / "red" / "red 1.png").rename(data / "val" / "red" / "moved.png")
     tile((190, 40, 40), "edited").save(data / "train" / "red" / "red 2.png")
-    assert "172 remembered" in (err := run("train", *args, "--out", tmp_path / "third").err) and "2 to compute" in err
+    assert "221 remembered" in (err := run("train", *args, "--out", tmp_path / "third").err) and "3 to compute" in err
     changed = run("train", *args, "--out", tmp_path / "fourth", "--precision", "bf16").err
     assert "to compute" not in changed  # nothing is known of another precision
     result = run("train", *args, "--out", tmp_path / "fifth", "--image-size", 48, "--epochs", 8, "--lr", 0.01)
@@ -474,7 +474,7 @@ def test_out_of_memory_says_which_batch_size_to_try(run, hard_train, tmp_path, m
 
 def test_what_goes_with_finetune_and_what_not(run, tree, tmp_path):
     for options, words in ((["--augment", "strong"], "--finetune"), (["--backbone-lr", 1e-3], "--finetune last or all"), (["--augment", "flip", "dihedral"], "choose one"),
-                           (["--finetune", "all", "--tune", 4], "--finetune head"), (["--finetune", "last", "--seeds", 2], "--finetune head")):
+                           (["--finetune", "all", "--batch-size", 1], "--batch-size"), (["--finetune", "all", "--tune", 4], "--finetune head"), (["--finetune", "last", "--seeds", 2], "--finetune head")):
         assert words in run("train", "--data", tree, "--out", tmp_path / "out", *SMALL, *options, code=2).error[0]
 
 
