@@ -141,13 +141,7 @@ held_signals = None  # within `signals_held`, those that have come
 
 
 def receive_signal(number: int, _):
-    """End the program by an exception, so that temporary files are removed, or leave that to `signals_held`.
-
-    A second signal is left to the kernel: it ends the program whatever that is doing.
-    """
-    for other in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(other) is receive_signal:
-            signal.signal(other, signal.SIG_DFL)
+    """End the program by an exception, so that temporary files are removed, or leave that to `signals_held`."""
     if held_signals != []:
         raise KeyboardInterrupt(128 + number)
     held_signals.append(number)
@@ -157,7 +151,7 @@ def receive_signal(number: int, _):
 
 @contextlib.contextmanager
 def signals_held():
-    """A block that a signal ends the program after, not in."""
+    """A block that a signal ends the program after, not in; a second signal ends it at once."""
     global held_signals
     if held_signals is not None:  # in another such block, which will see to it
         yield
