@@ -299,7 +299,7 @@ def measure_predict(args):
 
         def records():
             with open(f"{folder}/records.csv", "w") as file, contextlib.redirect_stdout(file):
-                batches = predict.classify(frozen, checkpoint, VIEWS["none"], None, paths)
+                batches = predict.classify(frozen, VIEWS["none"], 1.0, None, paths)
                 predict.list_classes(batches, checkpoint["classes"], frozen, options)
         command = [ROOT / "predict.py", "--checkpoint", f"{folder}/model.pt", paths[0], "--precision", args.precision,
                    *(["--device", args.device] if args.device else [])]

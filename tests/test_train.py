@@ -791,3 +791,10 @@ def test_real_weights_on_real_tiles(run, tmp_path):
     assert result["test_acc"] > 0.55
     measured = run("evaluate", "--checkpoint", tmp_path / "out" / "model.pt", "--data", tmp_path / "data").json
     assert measured["accuracy"] == pytest.approx(result["test_acc"], abs=0.013)
+
+
+@pytest.mark.parametrize("what, words", [("pass", "pass / bare"), ("finetune", "training / random"), ("predict", "one image")])
+def test_benchmarks_that_the_readme_names_run(tree, tmp_path, what, words):
+    line = [sys.executable, ROOT / "tests" / "benchmark.py", what, "--data", tree, "--arch", "resnet18", "--images", 16, "--rounds", 1, "--image-size", 32]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and words in done.stdout, done.stderr
