@@ -243,7 +243,8 @@ def read_histories(args, models: list) -> list[SimpleNamespace]:
                 raise ValueError
             with_val = [row for row in rows if not math.isnan(row["val_loss"])]
             best = min(with_val, key=lambda row: row["val_loss"]) if with_val else rows[-1]
-            best = next((row for row in rows if row["epoch"] == saved_epoch(path, saved)), best)
+            epoch = saved_epoch(path, saved)
+            best = next((row for row in rows if row["epoch"] == epoch), best)
         except (ValueError, LookupError, TypeError, OverflowError, csv.Error):
             raise UserError(f"{path} is no history of train.py, with numbers under epoch, train_loss, train_acc, ...") from None
         histories.append(SimpleNamespace(path=path, name=name, rows=rows, best=best, number=number))

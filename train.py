@@ -365,9 +365,7 @@ def measure_rival(job: SimpleNamespace, device: torch.device, args) -> float | N
         return None
     features, targets = data["val"]
     wanted = torch.tensor([classes.index(name) for name in job.classes], device=targets.device)[targets]
-    right = sum((frozen.logits(rows.to(device, torch.float32)).argmax(1) == own.to(device)).sum().item()
-                for rows, own in zip(features[0].split(chunk_rows(features)), wanted.split(chunk_rows(features))))
-    return right / len(targets)
+    return (logits_in_chunks(frozen, features[0]).argmax(1).to(wanted.device) == wanted).sum().item() / len(targets)
 
 
 def run_settings(args, job: SimpleNamespace, key: dict) -> dict:
@@ -1029,9 +1027,12 @@ def calibrate_views(frozen: FrozenModel, features: torch.Tensor, targets: torch.
     It follows the average (Rahaman and Thiery, Uncertainty quantification and deep ensembles, NeurIPS 2021): that of single
     views would make too unsure what has their disagreement in it already.
     """
-    def logits(view):
-        return torch.cat([frozen.logits(rows.to(frozen.device, torch.float32)) for rows in view.split(chunk_rows(features))])
-    return calibrate(average_views(map(logits, features)), targets.cpu())["temperature"]
+    return calibrate(average_views(logits_in_chunks(frozen, view) for view in features), targets.cpu())["temperature"]
+
+
+def logits_in_chunks(frozen: FrozenModel, features: torch.Tensor) -> torch.Tensor:
+    """Remembered features [N, D], of any type and on any device -> logits [N, classes] on the model's device."""
+    return torch.cat([frozen.logits(rows.to(frozen.device, torch.float32)) for rows in features.split(chunk_rows(features))])
 
 
 def plain_config(args) -> dict:
