@@ -1,287 +1,287 @@
-"""What the four scripts must agree on: errors and exit codes, images and trees, preprocessing, the model, the checkpoint.
+"""What the four scripts share: command line, files, images, model, features, checkpoint.
 
-A function that only one script needs lives in that script. Nothing here imports torch before it is used.
+A function that only one script needs lives in that script. torch is imported when it is first used, so that `--help`
+answers at once.
 """
+
 from __future__ import annotations
 
 import argparse
-import atexit
 import collections
 import contextlib
 import copy
+import csv
 import ctypes
+import difflib
 import errno
 import functools
 import gc
 import hashlib
+import http.client
 import importlib
 import io
+import json
 import math
 import os
+import platform
 import signal
 import stat
 import struct
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # up to its limit, an image is just large
+# ---------------------------------------------------------------- command line
 
 EXIT_USAGE, EXIT_SOME_UNREADABLE, EXIT_BELOW_BAR, EXIT_KEPT_OLD, EXIT_LOCKED, EXIT_SIGINT = 2, 3, 4, 5, 75, 130
 EXIT_CODES = """exit codes:
-  0 done    1 a bug of ours (please report it)    2 wrong usage or input: one line says what
-  3 finished, but some images could not be read (predict.py)    4 below --fail-under (evaluate.py)
-  5 --only-if-better kept the old model (train.py)    75 another run holds the folder    130, 143 ended by SIGINT, SIGTERM"""
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder
-SPLITS = ("train", "val", "test")
-# Views of an image, (quarter turns, mirrored), the image as it is first; dihedral is all symmetries of a square.
-VIEWS = {"none": [(0, False)], "flip": [(0, False), (0, True)],
-         "dihedral": [(turns, mirrored) for mirrored in (False, True) for turns in range(4)]}
-TTA_HELP = ("average the probabilities of the views that the model was trained with (test-time augmentation), a pass for "
-            "each; a model trained without views is refused")
-TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of the processes that torchrun started
-RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
-LARGEST_SIZE = 4096  # side in pixels of the images that a network is given
-CHECKPOINT_FORMAT, RUN_FORMAT, FORMAT_VERSION = "image classifier", "training run", 1
+  0 success    1 a bug in this program (please report it)    2 wrong usage or input: see the error message
+  3 finished, but some images could not be read (predict.py)    4 accuracy below --fail-under (evaluate.py)
+  5 --only-if-better kept the old model (train.py)    75 another run holds the output folder
+  130, 143 ended by SIGINT, SIGTERM"""
+TTA_HELP = (
+    "test-time augmentation: average the probabilities over the views that the model was trained with, one forward "
+    "pass for each; refused for a model that was trained without views"
+)
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this process was started by torchrun
+RANK, WORLD_SIZE = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 
 
 class LazyModule:
-    """A module that is imported when it is first used: torch takes seconds, and --help should not wait for them."""
+    """A module that is imported when it is first used: torch takes seconds to import, and `--help` should not wait."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self._name = name
 
-    def __getattr__(self, attribute: str):
+    def __getattr__(self, attribute: str) -> Any:
         if self._name not in sys.modules:
-            gc.disable()  # a fifth of the import's time would go into looking for garbage, where there is none
+            gc.disable()  # garbage collection would take a fifth of the import's time and find nothing
             try:
-                with signals_held():  # some libraries abort at an exception while they are loaded
+                with defer_signals():  # some libraries abort if an exception interrupts their import
                     importlib.import_module(self._name)
             finally:
-                gc.freeze()  # nor need it be searched later, but at the end, where some libraries count what they made
                 gc.enable()
         return getattr(importlib.import_module(self._name), attribute)
 
 
-atexit.register(gc.unfreeze)
-torch = LazyModule("torch")
-torchvision = LazyModule("torchvision")
-functional = LazyModule("torchvision.transforms.v2.functional")
+if TYPE_CHECKING:
+    import torch
+    import torchvision
+    from torchvision.transforms.v2 import functional
+else:
+    torch, torchvision = LazyModule("torch"), LazyModule("torchvision")
+    functional = LazyModule("torchvision.transforms.v2.functional")
 
-
-# ---------------------------------------------------------------- commands, errors, progress
 
 class UserError(Exception):
-    """A wrong input: its message, one line, names the thing and the way out. The command ends with this exit code."""
+    """Wrong input. The message is one line that names the problem and the way out; the script ends with `exit_code`."""
+
     exit_code = EXIT_USAGE
 
 
 class ImageError(UserError):
-    """An image that cannot be read; the message starts with its path, `reason` is the rest."""
+    """An image that cannot be read. `reason` is the message without the path."""
 
-    def __init__(self, path, reason: str):
+    def __init__(self, path: str | Path, reason: str | None) -> None:
         self.path, self.reason = str(path), one_line(reason)
         super().__init__(f"cannot read image {self.path}: {self.reason}")
 
 
-class Locked(UserError):
-    """Another run holds the folder."""
+class LockedError(UserError):
+    """Another run holds the lock of an output folder."""
+
     exit_code = EXIT_LOCKED
 
 
-def one_line(text) -> str:
+def one_line(text: object) -> str:
+    """Replace every run of white space, line breaks included, by one space."""
     return " ".join(str(text).split())
 
 
 def printable(text: str) -> str:
-    """Text for a line, a picture or a page: what cannot be shown, such as a line break in a file's name, is escaped."""
+    """Escape what cannot be shown in a line, a picture or a page, such as a line break in a file name."""
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def command(main):
-    """Turn main(argv) into a command that returns its exit code and reports a wrong input as one line on stderr."""
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
+    """Decorate a script's main(argv): return its exit code, and report wrong input as one line on stderr."""
+
     @functools.wraps(main)
-    def run(argv=None) -> int:
+    def run(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell starts what shall run in the background
-                with contextlib.suppress(ValueError):  # signals can only be set in the main thread
-                    signal.signal(number, receive_signal)
-        sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # closed, as by >&-
+            if signal.getsignal(number) != signal.SIG_IGN:  # a shell ignores SIGINT in the jobs it starts with &
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    signal.signal(number, handle_signal)
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed by >&-
+        sys.stderr = sys.stderr or open(os.devnull, "w")
         try:
             code = main(argv) or 0
-            print(end="", flush=True)  # what cannot be written shows here, not when Python ends
+            sys.stdout.flush()  # so that a write error is reported here, not when Python exits
             return code
         except UserError as error:
             message, code = one_line(error), error.exit_code
         except KeyboardInterrupt as error:
             message, code = "interrupted", error.args[0] if error.args else EXIT_SIGINT
-        except OSError as error:  # a full disk, a folder that cannot be written: not ours to mend, but to name
+        except OSError as error:  # a full disk, a folder without write permission: name it
             name, code = " to ".join(str(name) for name in (error.filename, error.filename2) if name), EXIT_USAGE
             try:
-                print(end="", flush=True)
-            except OSError:  # it is stdout: what still waits for it is dropped
+                sys.stdout.flush()
+            except OSError:  # stdout itself failed: discard what is still buffered
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 name = name or "stdout"
-            if isinstance(error, BrokenPipeError):  # its reader has seen enough, as in `predict.py ... | head`
+            if isinstance(error, BrokenPipeError):  # the reader has seen enough, as in `predict.py ... | head`
                 return 0
             message = f"{name}: {error.strerror}" if name else str(error)
-        log(f"{Path(sys.modules[main.__module__].__file__).name}: error: {message}", stamp=False)
+        script = Path(sys.modules[main.__module__].__file__).name
+        log(f"{script}: error: {message}", stamp=False, every_rank=True)
         return code
+
     return run
 
 
-held_signals = None  # within `signals_held`, those that have come
+pending_signals: list[int] | None = None  # inside `defer_signals`: the signals received so far
 
 
-def receive_signal(number: int, _):
-    """End the program by an exception, so that temporary files are removed, or leave that to `signals_held`."""
-    if held_signals != []:
+def handle_signal(number: int, _frame: object) -> None:
+    """End the program by KeyboardInterrupt, so that temporary files are removed; `defer_signals` delays that."""
+    if pending_signals != []:
         raise KeyboardInterrupt(128 + number)
-    held_signals.append(number)
-    with contextlib.suppress(RuntimeError):  # it came while another line was being printed
-        log(f"{signal.Signals(number).name}: ending as soon as this step is done; a second one ends at once")
+    pending_signals.append(number)
 
 
 @contextlib.contextmanager
-def signals_held():
-    """A block that a signal ends the program after, not in; a second signal ends it at once."""
-    global held_signals
-    if held_signals is not None:  # in another such block, which will see to it
+def defer_signals() -> Iterator[None]:
+    """Let a signal take effect at the end of the block instead of inside it. A second signal takes effect at once."""
+    global pending_signals
+    if pending_signals is not None:  # nested: the outer block handles the signal
         yield
         return
-    held_signals = []
+    pending_signals = []
     try:
         yield
-        if held_signals:
-            raise KeyboardInterrupt(128 + held_signals[0])
+        if pending_signals:
+            raise KeyboardInterrupt(128 + pending_signals[0])
     finally:
-        held_signals = None
+        pending_signals = None
 
 
-def whole_steps(steps):
-    """Yield the steps of a loop, with signals held in each; the wait for the next can be ended at once."""
-    for step in steps:
-        with signals_held():
-            yield step
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep the line breaks of descriptions, and append `(default: ...)` where there is a default worth stating."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
 
 
-def make_parser(script: str, doc: str, example: str) -> argparse.ArgumentParser:
-    """An argument parser whose help opens with the script's docstring and ends with an example and the exit codes."""
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):  # no '(default: None)', no '(default: False)'
-            told = action.default is not None and action.default is not False and action.default != []
-            return super()._get_help_string(action) if told else action.help
-    return argparse.ArgumentParser(prog=script, description=doc, formatter_class=Formatter, allow_abbrev=False,
-                                   epilog=f"example:\n  {example}\n\n{EXIT_CODES}")
+def make_parser(script: str, description: str, example: str) -> argparse.ArgumentParser:
+    """Make an argument parser whose help ends with an example and the exit codes."""
+    epilog = f"example:\n  {example}\n\n{EXIT_CODES}"
+    options = {"epilog": epilog, "formatter_class": HelpFormatter, "allow_abbrev": False}
+    return argparse.ArgumentParser(prog=script, description=description, **options)
 
 
-def add_hardware_options(parser: argparse.ArgumentParser):
-    """Add the options of everything that runs a model: --device, --precision, --workers. Returns their group."""
+def number_type(kind: type, description: str, accept: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """Make an argparse type: numbers of a kind (int or float) for which `accept` is true."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if accept(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+
+    return parse
+
+
+positive_int = number_type(int, "a whole number of at least 1", lambda value: value >= 1)
+positive_float = number_type(float, "a positive number", lambda value: 0 < value < math.inf)
+non_negative_float = number_type(float, "zero or a positive number", lambda value: 0 <= value < math.inf)
+fraction = number_type(float, "a number between 0 and 1", lambda value: 0 <= value <= 1)
+seed_number = number_type(int, "a whole number between 0 and 2^63 - 1", lambda value: 0 <= value < 1 << 63)
+
+
+def add_hardware_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options of every script that runs a model: --device, --precision, --workers. Returns their group."""
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: CUDA, else MPS, else CPU)")
-    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                       help="of the backbone; auto is bf16 where the processor computes in it natively, else fp32, and with a "
-                            "model that was trained in fp32 it is that")
-    group.add_argument("--workers", type=positive_int, metavar="N",
-                       help="threads that read images (default: 2 per core, at most 16; fewer while a CPU fine-tunes)")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of the network; auto: bf16 where the processor supports it natively, else fp32; a model that was trained "
+        "in fp32 stays in fp32",
+    )
+    group.add_argument(
+        "--workers",
+        type=positive_int,
+        metavar="N",
+        help="threads that read images (default: 2 per core, at most 16; fewer when fine-tuning on a CPU)",
+    )
     return group
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
+def log(message: str, stamp: bool = True, every_rank: bool = False, end: str = "\n") -> None:
+    """Print a message on stderr, with date and time if stderr is not a terminal, and `stamp` is left on.
 
-
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not zero or a positive number")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def seed_number(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
-    return value
-
-
-for _type, _name in ((positive_int, "whole number"), (positive_float, "number"), (not_negative, "number"),
-                     (fraction, "fraction"), (seed_number, "whole number")):
-    _type.__name__ = _name  # argparse says "invalid whole number value: 'x'"
-
-
-def log(message: str, stamp: bool = True, end: str = "\n"):
-    """Tell people, on stderr; with the time of day where stderr is a file or a pipe, such as cron's mail.
-
-    Of several processes the first one tells; only errors, which have no stamp, come from all.
+    Of several processes only the first prints, unless `every_rank` is set.
     """
-    if RANK and stamp:
+    if RANK and not every_rank:
         return
     prefix = time.strftime("%Y-%m-%d %H:%M:%S ") if stamp and not sys.stderr.isatty() else ""
     try:
         print(f"{prefix}{message}", end=end, file=sys.stderr, flush=True)
-    except OSError:  # nobody listens any more, or the disk is full, but the work goes on
+    except OSError:  # stderr is closed or its disk is full: the work goes on without messages
         sys.stderr = open(os.devnull, "w")
 
 
 class Progress:
-    """Progress on stderr with rate and time left: a bar on a terminal, elsewhere a line every `every` seconds."""
+    """Progress on stderr with rate and time left: a bar on a terminal, otherwise a line every `every` seconds."""
 
-    def __init__(self, label: str, total: int | None, unit: str = "img", every: float = 30):
+    def __init__(self, label: str, total: int | None, unit: str = "img", every: float = 30) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.bar = sys.stderr.isatty()
         self.every = 0.1 if self.bar else every
         self.done, self.start, self.shown = 0, time.monotonic(), time.monotonic()
 
-    def update(self, count: int):
+    def update(self, count: int) -> None:
+        """Count `count` more units as done."""
         self.done += count
         now = time.monotonic()
         if now - self.shown >= self.every:
             self.shown = now
             self._show(now)
 
-    def _show(self, now: float):
+    def _show(self, now: float) -> None:
         rate = self.done / max(now - self.start, 1e-9)
-        if not self.total:
-            text = f"{self.label} {self.done} {self.unit}, {rate:.0f} {self.unit}/s"
+        if self.total:
+            left = int((self.total - self.done) / max(rate, 1e-9))
+            speed = f"{rate:.{0 if rate >= 100 else 1}f} {self.unit}/s, {left // 60}:{left % 60:02d} left"
+            text = f"{self.label} {self.done}/{self.total} {self.unit}, {speed}"
         else:
-            left = (self.total - self.done) / max(rate, 1e-9)
-            text = (f"{self.label} {self.done}/{self.total} {self.unit}, {rate:.{0 if rate >= 100 else 1}f} "
-                    f"{self.unit}/s, {int(left) // 60}:{int(left) % 60:02d} left")
+            text = f"{self.label} {self.done} {self.unit}, {rate:.0f} {self.unit}/s"
         if self.bar:
-            full = 20 * self.done // max(self.total or 1, 1) if self.total else 0
-            log(f"\r\x1b[K[{'#' * full}{'.' * (20 - full)}] {text}", end="")
+            filled = 20 * self.done // self.total if self.total else 0
+            log(f"\r\x1b[K[{'#' * filled}{'.' * (20 - filled)}] {text}", end="")
         else:
             log(text)
 
-    def __enter__(self):
+    def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if self.bar:
             log("\r\x1b[K", end="")
         seconds = time.monotonic() - self.start
@@ -289,9 +289,12 @@ class Progress:
             log(f"{self.label}: {self.done} {self.unit} in {seconds:.1f} s, {self.done / seconds:.0f} {self.unit}/s")
 
 
+# ---------------------------------------------------------------- files
+
+
 @contextlib.contextmanager
-def replacing(path, mode: str = "w"):
-    """Open a file that appears at `path`, whole and on disk, only when the block has ended without an error."""
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that replaces `path` when the block ends without an error, completely written and flushed to disk."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
@@ -301,40 +304,90 @@ def replacing(path, mode: str = "w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # a full disk has no file name in its error
+    except OSError as error:  # the error of a full disk has no file name
         raise OSError(error.errno, error.strerror, str(error.filename or path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def csv_writer(file: IO[str]) -> Any:
+    """Make the csv.writer that all scripts use, with a line feed at the end of each line."""
+
+    class LineFeedFile:  # the option lineterminator="\n" would leave carriage returns unquoted in Python 3.10
+        def write(self, line: str) -> None:
+            file.write(line.removesuffix("\r\n") + "\n")
+
+    return csv.writer(LineFeedFile())
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file atomically; None becomes an empty cell."""
+    with atomic_write(path) as file:
+        csv_writer(file).writerows([header, *rows])
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Make a matplotlib figure of width x height inches that needs no display."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a class name is a dollar sign
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    """Save a matplotlib figure as a PNG file, atomically."""
+    with atomic_write(path, "wb") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # letters that the font lacks are drawn as boxes
+        figure.savefig(file, format="png", dpi=120)
+
+
 @contextlib.contextmanager
-def locked(path: Path):
-    """Hold a lock file, which the kernel frees when this process ends, however it does; raises Locked if another has it."""
+def hold_lock(path: Path) -> Iterator[None]:
+    """Hold a lock file during the block. The operating system releases the lock when the process ends, even if killed.
+
+    Folders above `path` are created, and removed again if they are empty in the end. Raises LockedError if another
+    process holds the lock.
+    """
+    created = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = acquire_lock(path)
+        try:
+            yield
+        finally:
+            if os.name != "nt":  # Windows cannot remove an open file
+                path.unlink(missing_ok=True)
+            file.close()
+    finally:
+        for folder in created:  # the innermost first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def acquire_lock(path: Path) -> IO[str]:
+    """Open and lock a file; closing it releases the lock. Raises LockedError if another process holds it."""
     while True:
         file = open(path, "w")
         try:
             if os.name == "nt":
                 import msvcrt
+
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
+
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-            file.close()  # its last holder removed it just now
+                return file
+            file.close()  # its last holder has just removed it: try again with a new file
         except (BlockingIOError, PermissionError):
             file.close()
-            raise Locked(f"another run holds {path}; wait for it to end") from None
-    try:
-        yield
-    finally:
-        if os.name != "nt":  # Windows removes no open file
-            path.unlink(missing_ok=True)
-        file.close()
+            raise LockedError(f"another run holds {path}; wait for it to end") from None
 
 
-def file_hash(path, algorithm: str = "sha256") -> str:
-    """The hexadecimal digest of a file's content. OSError for what is no file: a named pipe would be waited for for ever."""
+def hash_file(path: str | Path, algorithm: str = "sha256") -> str:
+    """Return the hexadecimal digest of a file's content. Raises OSError for pipes and devices, which may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     digest = hashlib.new(algorithm, usedforsecurity=False)
@@ -344,57 +397,141 @@ def file_hash(path, algorithm: str = "sha256") -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------- images and trees
+def hash_images(paths: Sequence[str], workers: int | None) -> tuple[list[str], list[tuple[int, int]]]:
+    """Return the SHA-256 and the `file_stamp` of each file. Raises ImageError for a file that cannot be read."""
 
-def read_image(path, content: bytes | None = None) -> Image.Image:
-    """Read an image file (or its content, if at hand) of any mode that Pillow opens as RGB, turned upright by its EXIF tag.
+    def read(path: str) -> tuple[str, tuple[int, int]]:
+        stamp = file_stamp(path)
+        try:
+            return hash_file(path), stamp
+        except OSError as error:
+            raise ImageError(path, error.strerror) from None
 
-    Transparency is dropped, 16 bits become 8 by division; 32-bit integers and floats, which have no agreed range, are
-    stretched from their own minimum and maximum. Raises ImageError, also where a header promises more than 178 million
-    pixels (Pillow's bound on decompression bombs).
+    with ThreadPoolExecutor(reader_threads(workers)) as executor:
+        results = list(executor.map(read, paths))
+    return [sha256 for sha256, _ in results], [stamp for _, stamp in results]
+
+
+def file_stamp(path: str) -> tuple[int, int]:
+    """Return a file's size in bytes and its modification time in nanoseconds, which show whether it has changed."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise ImageError(path, error.strerror) from None
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path: str, stamp: tuple[int, int]) -> None:
+    """Raise ImageError if a file no longer has this `file_stamp`."""
+    if file_stamp(path) != stamp:
+        raise ImageError(path, "the file has changed since the run started; start again")
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries on which the result of a network depends."""
+    return {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__), "pillow": PIL.__version__}
+
+
+def digest_of(value: object) -> str:
+    """Return a digest of plain values, 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+# ---------------------------------------------------------------- images
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # below its limit, an image is just large
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder
+SPLITS = ("train", "val", "test")
+MAX_IMAGE_SIZE = 4096  # pixels per side of the images that a network takes
+View = tuple[int, bool]  # quarter turns counterclockwise, and whether the image is mirrored first
+# The views of each kind of augmentation; the first is the image as it is. "dihedral" has all symmetries of a square.
+VIEWS: dict[str, list[View]] = {
+    "none": [(0, False)],
+    "flip": [(0, False), (0, True)],
+    "dihedral": [(turns, mirrored) for mirrored in (False, True) for turns in range(4)],
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The images of a split, or some of them."""
+
+    paths: list[str]
+    targets: torch.Tensor  # class index of each image, int64 [N]
+    sha256: list[str]  # hash of each file's content, in hexadecimal
+    stamps: list[tuple[int, int]]  # `file_stamp` of each file at the start of the run
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def every(self, step: int) -> Split:
+        """Return every `step`-th image."""
+        return Split(self.paths[::step], self.targets[::step], self.sha256[::step], self.stamps[::step])
+
+
+def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
+    """Read an image file, or its content if that is given, as RGB, upright according to its EXIF orientation.
+
+    Transparency is dropped and 16 bits per channel are scaled to 8. 32-bit integers and floats, which have no agreed
+    range, are stretched from their minimum and maximum. Raises ImageError for a file that cannot be read or that
+    declares more than 178 million pixels (Pillow's limit against decompression bombs).
     """
     try:
-        if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would be waited for for ever
+        if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe may never end
             raise ImageError(path, "not a regular file")
         with Image.open(path if content is None else io.BytesIO(content)) as image:
             image.load()
-            deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
-            with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse good pixels
+            is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+            with contextlib.suppress(Exception):  # a broken EXIF block does not make the pixels unreadable
                 ImageOps.exif_transpose(image, in_place=True)
-            if deep:
+            if is_16_bit:
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             elif image.mode in ("I", "F"):
                 low, high = image.getextrema()
                 scale = 255 / (high - low) if high > low else 0
                 image = image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
-            elif image.mode == "P":  # by way of RGBA, else Pillow warns of transparency given as bytes
+            elif image.mode == "P":  # through RGBA: Pillow warns about transparency given as bytes otherwise
                 image = image.convert("RGBA")
             return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except UnidentifiedImageError:
         raise ImageError(path, "cannot identify image file") from None
-    except (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, MemoryError, RuntimeError,
-            struct.error, zlib.error, Image.DecompressionBombError) as error:  # what decoders raise on broken files
-        reason = getattr(error, "strerror", None) or str(error).replace(repr(str(path)), "").replace(str(path), "").strip()
-        reason = reason or type(error).__name__
-        raise ImageError(path, reason) from None
+    except (
+        *(
+            OSError,
+            SyntaxError,
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+            EOFError,
+            MemoryError,
+            RuntimeError,
+        ),
+        *(struct.error, zlib.error, Image.DecompressionBombError),
+    ) as error:  # what Pillow's decoders raise for broken files
+        reason = str(error).replace(repr(str(path)), "").replace(str(path), "").strip() or type(error).__name__
+        raise ImageError(path, getattr(error, "strerror", None) or reason) from None
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name counts as an image: by extension in any case, and not hidden."""
+    """Return whether a file name has an image extension, in upper or lower case, and is not hidden."""
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
-def walk(folder):
-    """Yield (path of a folder, names of its files) for a folder and all below it, sorted, hidden ones left out.
+def walk_folders(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield (path of a folder, names of its files) for a folder and all below it, sorted, without hidden folders.
 
-    Links are followed, once.
+    Links to folders are followed, each folder is visited once, and a folder that cannot be read is left out with a
+    warning.
     """
-    def complain(error):
+
+    def warn(error: OSError) -> None:
         log(f"warning: left out {error.filename}: {error.strerror}")
+
     seen = set()
-    for root, folders, files in os.walk(folder, onerror=complain, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=warn, followlinks=True):
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
@@ -402,23 +539,22 @@ def walk(folder):
         seen.add(real)
 
 
-def find_images(folder):
-    """Yield the paths of all images below a folder, in the order of `walk`."""
-    return (os.path.join(root, name) for root, files in walk(folder) for name in files if is_image_name(name))
+def find_images(folder: str | Path) -> Iterator[str]:
+    """Yield the paths of all images in a folder and below, in the order of `walk_folders`."""
+    return (os.path.join(root, name) for root, files in walk_folders(folder) for name in files if is_image_name(name))
 
 
-def class_folders(folder) -> list[str]:
-    """The names of the class folders in a folder, sorted as ImageFolder sorts them; hidden ones are not classes."""
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the class folders in a folder, in ImageFolder's order. Hidden folders are not classes."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def read_split(folder, classes: list[str] | None = None) -> tuple[list[str], list[str], list[int]]:
-    """Read FOLDER/<class>/*: (paths, class names, class index of each path).
+def list_split(folder: Path, classes: list[str] | None = None) -> tuple[list[str], list[str], list[int]]:
+    """List FOLDER/<class>/*: (paths, class names, class index of each path).
 
-    With `classes` given, folders are matched to it by name, never by position, and a folder it lacks is a UserError. So
-    are a folder that does not exist, holds no class folder, or holds a class folder without images.
+    With `classes`, folders are matched to these names. Raises UserError for a folder that does not exist or has no
+    class folders, for a class folder that `classes` lacks, and for a class folder without images.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
     found = class_folders(folder)
@@ -426,7 +562,7 @@ def read_split(folder, classes: list[str] | None = None) -> tuple[list[str], lis
         raise UserError(f"{folder} has no class folders; expected {folder}/<class>/<image>")
     names = classes if classes is not None else found
     if unknown := [name for name in found if name not in names]:
-        raise UserError(f"{folder} has a class that the {len(names)} known classes lack: {', '.join(unknown[:5])}")
+        raise UserError(f"{folder} has classes that are unknown (known are {len(names)}): {', '.join(unknown[:5])}")
     paths, targets = [], []
     for name in found:
         images = list(find_images(folder / name))
@@ -438,7 +574,7 @@ def read_split(folder, classes: list[str] | None = None) -> tuple[list[str], lis
 
 
 def preprocess(image: Image.Image, size: int, interpolation: str) -> torch.Tensor:
-    """RGB image -> uint8 tensor [3, size, size]: the centre square of the shorter side, resized. A square is kept whole."""
+    """Crop an RGB image to its centre square and resize it: uint8 [3, size, size]."""
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -447,31 +583,39 @@ def preprocess(image: Image.Image, size: int, interpolation: str) -> torch.Tenso
 
 
 def resize(pixels: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
-    """uint8 pixels [..., 3, s, s] -> [..., 3, size, size]."""
+    """Resize uint8 pixels [..., 3, S, S] to [..., 3, size, size]."""
     return functional.resize(pixels, [size, size], functional.InterpolationMode(interpolation), antialias=True)
 
 
-def turn(images: torch.Tensor, turns: int, mirrored: bool) -> torch.Tensor:
-    """A view of images [..., S, S]: mirrored left to right, then turned by quarter turns counterclockwise."""
+def apply_view(images: torch.Tensor, view: View) -> torch.Tensor:
+    """Return a view of images [..., S, S]: mirrored left to right or not, then rotated by quarter turns."""
+    turns, mirrored = view
     return torch.rot90(images.flip(-1) if mirrored else images, turns, (-2, -1))
 
 
 def reader_threads(workers: int | None) -> int:
-    """--workers, or its default."""
+    """Return the number of threads that read images: --workers, or its default."""
     return workers or min(2 * (os.cpu_count() or 1), 16)
 
 
-def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | None = None, read_image=read_image):
-    """Read images in threads, ahead of the consumer: yields lists of up to batch_size (path, uint8 [3, S, S] or ImageError).
+def read_batches(
+    paths: Iterable[Any],
+    preprocessing: dict,
+    batch_size: int,
+    workers: int | None = None,
+    read: Callable[[Any], Image.Image] = read_image,
+) -> Iterator[list[tuple[Any, torch.Tensor | ImageError]]]:
+    """Read images in threads, ahead of the consumer: yield lists of (path, uint8 [3, S, S] or ImageError).
 
-    Threads suffice, since Pillow and torch release the interpreter while they decode and resize; and unlike loader
-    processes they start at once, need no shared memory and cannot die alone. The order of `paths`, which may be any
-    iterable, is kept, and only about three batches are in memory at a time. A None among the paths says that the next may
-    be long in coming: what is under way is handed out first.
+    Threads are enough, because Pillow and torch release the interpreter lock while they decode and resize; unlike
+    worker processes they start at once and need no shared memory. The order of `paths` is kept, and at most about three
+    batches are in memory. A None among the paths announces a possible wait for the next one: what has been started is
+    yielded first. `read` turns a path into an RGB image.
     """
-    def read(path):
+
+    def load(path: Any) -> tuple[Any, torch.Tensor | ImageError]:
         try:
-            return path, preprocess(read_image(path), preprocessing["size"], preprocessing["interpolation"])
+            return path, preprocess(read(path), preprocessing["size"], preprocessing["interpolation"])
         except ImageError as error:
             return path, error
 
@@ -479,21 +623,25 @@ def read_batches(paths, preprocessing: dict, batch_size: int, workers: int | Non
     try:
         for path in chain(paths, [None]):
             if path is not None:
-                ahead.append(executor.submit(read, path))
+                ahead.append(executor.submit(load, path))
             while len(ahead) >= (1 if path is None else 3 * batch_size):
                 yield [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-# ---------------------------------------------------------------- the model
+# ---------------------------------------------------------------- processors and processes
+
 
 def pick_device(name: str | None) -> torch.device:
-    """The device named, or CUDA, then MPS, then CPU. One that is not there is a UserError, never a fallback."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and WORLD == 1
-    if WORLD > 1 and name not in (None, "cpu", "cuda"):
-        raise UserError(f"--device {name}: several processes take cuda, where each has the GPU of its number, or cpu")
-    if name in (None, "cuda") and cuda and WORLD > 1:
+    """Return the device of --device, by default CUDA, else MPS, else the CPU.
+
+    Raises UserError for a device that does not exist here; nothing ever falls back to another device.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and WORLD_SIZE == 1
+    if WORLD_SIZE > 1 and name not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {name}: with several processes use cuda (each takes its own GPU) or cpu")
+    if name in (None, "cuda") and cuda and WORLD_SIZE > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name is None:
         name = "cuda" if cuda else "mps" if mps else "cpu"
@@ -505,23 +653,16 @@ def pick_device(name: str | None) -> torch.device:
     if (device.index or 0) >= count:
         raise UserError(f"--device {name}: not available here ({count} {device.type} device{'s' * (count != 1)} found)")
     if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # else pinned memory, and what else has no tensor to go by, belongs to the first one
+        torch.cuda.set_device(device)  # otherwise pinned memory and other global state belong to the first GPU
     return device
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on the device. CUDA lets the program go on while it copies; MPS then may read memory that is freed already."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The backbone's dtype for --precision: 'auto' is bf16 where the processor computes in it natively, else fp32."""
+    """Return the dtype of --precision; "auto" is bfloat16 where the processor supports it natively, else float32."""
     if name == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
-        elif device.type == "cpu":  # these checks have no public name yet; without them, fp32
+        elif device.type == "cpu":  # these checks have no public name in all supported versions; without them, fp32
             native = any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
         else:
             native = False
@@ -529,53 +670,225 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def find_head(model: torch.nn.Module, outputs: int) -> str:
-    """The name of the classifier: the last Linear or 1x1 convolution with `outputs` outputs. All before is backbone."""
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on the device, copied in the background to CUDA (on MPS that could read memory already freed)."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def usable_memory() -> float:
+    """Return the bytes that features or pixels may take: a share of the memory of the machine or container."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows
+        total = 8 << 30
+    with contextlib.suppress(OSError, ValueError):  # no container, or no limit
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total * MEMORY_SHARE
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed blocks: by default each activation is mapped anew, and page faults halve a CPU's rate."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        set_option, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6").mallopt, -1, -3
+        if set_option(mmap_threshold, 1 << 30) or set_option(mmap_threshold, 32 << 20):  # the limit of older glibc
+            set_option(trim_threshold, (1 << 31) - 1)
+
+
+def broadcast_from_rank0(make: Callable[[], Any]) -> Any:
+    """Return in all processes what make() returns in the first. If it raises there, the others exit quietly."""
+    if WORLD_SIZE == 1:
+        return make()
+    box, error = [None, None], None
+    if RANK == 0:
+        try:
+            box[0] = make()
+        except Exception as raised:
+            box[1], error = getattr(raised, "exit_code", 1), raised
+    torch.distributed.broadcast_object_list(box)
+    if error:
+        raise error
+    if box[1]:
+        sys.exit(box[1])
+    return box[0]
+
+
+def all_gather_list(items: list) -> list:
+    """Return the items of all processes, in all processes."""
+    parts = [None] * WORLD_SIZE
+    torch.distributed.all_gather_object(parts, items)
+    return list(chain.from_iterable(parts))
+
+
+# ---------------------------------------------------------------- model
+
+
+@dataclass
+class Network:
+    """A torchvision model with what is needed to build it again and to give it images."""
+
+    arch: str  # torchvision's name of the architecture
+    model_kwargs: dict  # the arguments with which torchvision builds the model, `num_classes` among them
+    preprocessing: dict  # `size` in pixels, `interpolation`, `mean` and `std` of the channels for pixels in 0..1
+    model: torch.nn.Module
+
+
+def list_architectures() -> list[str]:
+    """Return the names that --arch takes: torchvision's classification models that end in a linear layer."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    return [name for name in names if not name.startswith("squeezenet")]
+
+
+def load_pretrained(arch: str, weights: str | None, num_classes: int, image_size: int | None, seed: int) -> Network:
+    """Build torchvision's `arch` with pre-trained weights and a new classifier for `num_classes` classes.
+
+    `weights` is the name of a torchvision weights entry, a file (a torchvision state dict or a checkpoint of train.py),
+    "none" for random weights, or None for the default entry. Raises UserError for an unknown architecture, for weights
+    that are not available or do not fit, and for an impossible image size.
+    """
+    if arch.startswith("squeezenet"):
+        raise UserError(f"--arch {arch}: SqueezeNet classifies by a convolution; only linear classifiers are supported")
+    if arch not in list_architectures():
+        close = difflib.get_close_matches(arch, list_architectures(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see --list-archs"
+        raise UserError(f"unknown --arch {arch}; {hint}")
+    entries = torchvision.models.get_model_weights(arch)
+    names = dict(entries.__members__)
+    name = weights or ("IMAGENET1K_V1" if "IMAGENET1K_V1" in names else "DEFAULT")
+    name = name.removeprefix(f"{entries.__name__}.")
+    entry = names.get(name) or names.get("IMAGENET1K_V1") or entries.DEFAULT
+    preprocessing, state_dict = entry_preprocessing(entry), None
+    if name in names:
+        state_dict = download_weights(arch, entry)
+    elif name == "none":
+        log(f"warning: --weights none: {arch} has random weights; a frozen random network has poor features")
+    elif Path(name).exists():
+        state_dict, preprocessing = read_weights_file(arch, Path(name), preprocessing)
+    else:
+        raise UserError(f"--weights {name}: neither a file nor one of {', '.join(names)}, none")
+    preprocessing = {**preprocessing, "size": image_size or preprocessing["size"]}
+    kwargs = {}
+    if arch in ("googlenet", "inception_v3"):  # no auxiliary classifiers; the input scale of their ImageNet weights
+        kwargs = {"aux_logits": False, "transform_input": state_dict is not None}
+    elif arch.startswith("vit_"):
+        kwargs = {"image_size": preprocessing["size"]}
+    torch.manual_seed(seed)
+    try:
+        model = build_model(arch, kwargs, "cpu" if state_dict is None else "meta")
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--image-size {preprocessing['size']}: {arch} cannot take it: {one_line(error)}") from None
+    classifier = classifier_name(model, 1000)
+    initialize_classifier(reset_classifier(model, classifier, num_classes), seed)
+    if state_dict is not None:
+        own = model.get_submodule(classifier).state_dict(prefix=f"{classifier}.")
+        unused = (f"{classifier}.", "aux1.", "aux2.", "AuxLogits.")
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith(unused)}
+        load_weights(model, {**state_dict, **own}, f"{arch} (choose another with --arch)", name)
+    return Network(arch, {"num_classes": num_classes, **kwargs}, preprocessing, model)
+
+
+def entry_preprocessing(entry: Any) -> dict:
+    """Return the preprocessing with which the weights of a torchvision weights entry were trained."""
+    transform = entry.transforms()
+    size, interpolation = transform.crop_size[0], transform.interpolation.value
+    return {"size": size, "interpolation": interpolation, "mean": list(transform.mean), "std": list(transform.std)}
+
+
+def download_weights(arch: str, entry: Any) -> dict[str, torch.Tensor]:
+    """Return the state dict of a torchvision weights entry, from torchvision's download cache or from the network."""
+    try:
+        return torchvision.models.get_model(arch, weights=entry, progress=sys.stderr.isatty()).state_dict()
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: an incomplete file's wrong hash
+        raise UserError(
+            f"cannot download {entry} from {entry.url}: {one_line(error)}; download it elsewhere and pass the file "
+            "with --weights FILE, or start from random weights with --weights none"
+        ) from None
+
+
+def read_weights_file(arch: str, path: Path, preprocessing: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read a state dict and its preprocessing: that of a checkpoint of train.py; otherwise the one given."""
+    content = read_torch_file(path)
+    if not is_checkpoint(content):
+        return content, preprocessing
+    checkpoint = read_checkpoint(path)
+    if checkpoint.arch != arch:
+        raise UserError(f"{path} is a {checkpoint.arch}; pass --arch {checkpoint.arch}")
+    return checkpoint.model.state_dict(), checkpoint.preprocessing
+
+
+def build_model(arch: str, model_kwargs: dict, device: str = "cpu") -> torch.nn.Module:
+    """Build torchvision's model `arch` with random weights; `model_kwargs` are passed on. Raises ValueError if unknown.
+
+    On the device "meta" the weights have no values, and take no time to draw: for a model that is to be loaded.
+    """
+    if arch not in list_architectures():  # get_model knows other kinds of models, and some download weights
+        raise ValueError(f"unknown architecture {arch}")
+    with warnings.catch_warnings():
+        # googlenet, inception_v3: "the default initialization will change"
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            with torch.device(device):
+                return torchvision.models.get_model(arch, weights=None, **model_kwargs)
+        except NotImplementedError:  # RegNet computes its widths with tensors, which have no values on "meta"
+            return torchvision.models.get_model(arch, weights=None, **model_kwargs)
+
+
+def classifier_name(model: torch.nn.Module, num_classes: int) -> str:
+    """Return the name of the classifier: the last Linear layer with `num_classes` outputs. The rest is the backbone."""
     for name, module in reversed(list(model.named_modules())):
-        linear = isinstance(module, torch.nn.Linear) and module.out_features == outputs
-        if linear or isinstance(module, torch.nn.Conv2d) and (module.out_channels, module.kernel_size) == (outputs, (1, 1)):
+        if isinstance(module, torch.nn.Linear) and module.out_features == num_classes:
             return name
-    raise UserError(f"{type(model).__name__} has no linear layer or 1x1 convolution with {outputs} outputs as classifier")
+    raise UserError(f"{type(model).__name__} has no linear layer with {num_classes} outputs as classifier")
 
 
-class FrozenModel:
-    """A model as all scripts run it: in eval mode, cut at its head, in the layout and precision that the device likes.
+def reset_classifier(model: torch.nn.Module, name: str, num_classes: int) -> torch.nn.Linear:
+    """Replace the classifier of a model, in place, by a new one for `num_classes` classes, and return that."""
+    old = model.get_submodule(name)
+    new = torch.nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
+    model.set_submodule(name, new)
+    return new
 
-    `features` runs everything before the head, `logits` the head and what stands behind it (squeezenet's ReLU and pooling),
-    in float32. The model given is not changed, but its head is moved to the device.
+
+def initialize_classifier(layer: torch.nn.Linear, seed: int) -> None:
+    """Draw small random weights that depend on shape and seed alone, on any device; the bias becomes 0."""
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(seed)) * 0.01)
+        if layer.bias is not None:
+            layer.bias.zero_()
+
+
+class InferenceModel:
+    """A network as all scripts run it: in eval mode, split before its classifier, in the device's layout and precision.
+
+    The network given is not changed, except that its classifier moves to the device.
     """
 
-    def __init__(self, model: torch.nn.Module, preprocessing: dict, outputs: int, device: torch.device, precision: str,
-                 compiled: bool = False):
-        self.device, self.dtype, self.preprocessing = device, pick_precision(precision, device), preprocessing
+    def __init__(self, network: Network, device: torch.device, precision: str, compiled: bool = False) -> None:
+        self.network, self.preprocessing, self.device, self.compiled = network, network.preprocessing, device, compiled
+        self.dtype = pick_precision(precision, device)  # of the backbone; the classifier computes in float32
         self.batch_size = 16 if device.type == "cpu" else 128  # 16 images keep a CPU's cores busy and its caches warm
-        self.compiled = compiled
-        self.mean, self.std = (255 * torch.tensor(preprocessing[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
-        self.model, name = model, find_head(model, outputs)
-        parent, head = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
-        siblings = dict(parent.named_children()) if isinstance(parent, torch.nn.Sequential) else {}
-        behind = list(siblings)[list(siblings).index(name.rpartition(".")[2]) + 1:] if siblings else []
-        self.cut = [name] + [f"{name.rpartition('.')[0]}.{key}" for key in behind]
-        self.head = torch.nn.Sequential(head, *(siblings[key] for key in behind))
-        self.width = getattr(head, "in_features", None)
-        if isinstance(head, torch.nn.Conv2d):  # its input is a map, which the model's forward has flattened
-            size = preprocessing["size"]
-            self.width = self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
-            side = math.isqrt(self.width // head.in_channels)
-            unflatten = torch.nn.Unflatten(1, (head.in_channels, side, side))
-            self.head = torch.nn.Sequential(unflatten, *self.head, torch.nn.Flatten())
-        self.head.to(device).eval()
+        mean, std = (torch.tensor(self.preprocessing[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+        self.mean, self.std = 255 * mean, 255 * std  # of pixels in 0..255
+        self.classifier = classifier_name(network.model, network.model_kwargs["num_classes"])
+        self.head = network.model.get_submodule(self.classifier).to(device).eval()
+        self.num_features = self.head.in_features
+
+    @property
+    def precision(self) -> str:
+        """The name of the backbone's dtype, as --precision takes it."""
+        return {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
 
     @functools.cached_property
     def backbone(self) -> torch.nn.Module:
-        """The model without its head, BatchNorm folded, in the device's layout. It is made when first used.
+        """The model without its classifier, with BatchNorm folded, prepared for the device. It is made when first used.
 
-        Raises UserError where the model cannot take images of this size.
+        Raises UserError if the model cannot take images of this size.
         """
-        keep_large_blocks()
+        keep_freed_memory()
         backbone = fold_batchnorm(self.copy_backbone().eval().requires_grad_(False))
         backbone = backbone.to(self.device, self.dtype, memory_format=torch.channels_last)
-        size = self.preprocessing["size"]
+        name, size = type(self.network.model).__name__, self.preprocessing["size"]
         images = torch.zeros(self.batch_size, 3, size, size, device=self.device, dtype=self.dtype)
         images = images.to(memory_format=torch.channels_last)
         with torch.inference_mode():
@@ -584,255 +897,506 @@ class FrozenModel:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, AssertionError, ValueError) as error:
-                raise UserError(f"--image-size {size}: {type(self.model).__name__} cannot take images of {size} pixels "
-                                f"({one_line(error)[:120]})") from None
+                reason = one_line(error)[:120]
+                raise UserError(f"--image-size {size}: {name} cannot take images of {size} pixels ({reason})") from None
             if self.compiled:
                 backbone = torch.compile(backbone, dynamic=False, options={"freezing": True})
                 try:
                     backbone(images)
-                except Exception as error:  # the compiler's own kinds; most often there is no C++ compiler
-                    raise UserError(f"--compile does not work here, run without it: {one_line(error)[:200]}") from None
+                except Exception as error:  # of many kinds; most often there is no C++ compiler
+                    reason = one_line(error)[:200]
+                    raise UserError(f"--compile does not work here, run without it: {reason}") from None
         return backbone
 
     def copy_backbone(self) -> torch.nn.Module:
-        """A copy of the model, on its device, with nothing in the place of the head and of what stands behind it."""
-        backbone = copy.deepcopy(self.model)
-        for name in self.cut:
-            backbone.set_submodule(name, torch.nn.Identity())
+        """Return a copy of the model with the identity in place of the classifier."""
+        backbone = copy.deepcopy(self.network.model)
+        backbone.set_submodule(self.classifier, torch.nn.Identity())
         return backbone
 
-    def update(self, backbone_weights: dict):
-        """Take new weights for the model's backbone, under the model's own names."""
-        update_weights(self.model, backbone_weights)
-        self.__dict__.pop("backbone", None)  # to be made anew
+    def load_backbone(self, weights: dict[str, torch.Tensor]) -> None:
+        """Replace weights of the network's backbone, given under the model's own names."""
+        update_weights(self.network.model, weights)
+        self.__dict__.pop("backbone", None)  # made again when it is next used
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels [B, 3, S, S] on any device -> float32 images on this model's device."""
-        return send(pixels, self.device).float().sub_(self.mean).div_(self.std)
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Turn uint8 pixels [B, 3, S, S] on any device into normalized float32 images on this model's device."""
+        return to_device(pixels, self.device).float().sub_(self.mean).div_(self.std)
 
-    def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels [B, 3, S, S] on any device -> float32 features [B, D] on this model's device.
+    def forward_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Run the backbone: uint8 pixels [B, 3, S, S] on any device -> float32 features [B, D] on this model's device.
 
         A batch that is too large for the device's memory is halved until it fits.
         """
         if len(pixels) > self.batch_size:
-            return torch.cat([self.features(part) for part in pixels.split(self.batch_size)])
+            return torch.cat([self.forward_features(part) for part in pixels.split(self.batch_size)])
         try:
-            return self.forward(pixels)
+            return self._forward_batch(pixels)
         except torch.OutOfMemoryError:
             if self.batch_size == 1:
-                raise UserError(f"no memory on {self.device} for a single image; use another --device") from None
+                raise UserError(f"not enough memory on {self.device} for an image; use another --device") from None
         self.batch_size = max(1, self.batch_size // 2)
-        return self.features(pixels)
+        return self.forward_features(pixels)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _forward_batch(self, pixels: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            images = self.normalise(pixels).to(self.dtype)
-            if self.compiled and len(images) < self.batch_size:  # compiled for one shape: a short batch is filled up
+            images = self.normalize(pixels).to(self.dtype)
+            if self.compiled and len(images) < self.batch_size:  # compiled for one shape: fill up a short batch
                 images = torch.cat([images, images[:1].expand(self.batch_size - len(images), -1, -1, -1)])
-            images = images.contiguous(memory_format=torch.channels_last)  # after plane by plane: half the time of mixed first
-            return self.backbone(images)[:len(pixels)].float()
+            # After normalizing, which takes half the time on planar images.
+            images = images.contiguous(memory_format=torch.channels_last)
+            return self.backbone(images)[: len(pixels)].float()
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Features [B, D] -> logits [B, classes], float32. Raises UserError where they are not finite."""
+    def forward_head(self, features: torch.Tensor) -> torch.Tensor:
+        """Run the classifier: features [B, D] -> logits [B, C], float32. Raises UserError if they are not finite."""
         with torch.inference_mode():
             logits = self.head(features)
         if not logits.isfinite().all():
-            raise UserError(f"the answers of the {type(self.model).__name__} are not finite: its weights are damaged, or want "
-                            "another --precision")
+            what = f"the outputs of {type(self.network.model).__name__} are not finite"
+            raise UserError(f"{what}: its weights are damaged, or need another --precision")
         return logits
 
-    def log_probabilities(self, pixels: torch.Tensor, temperatures, views=VIEWS["none"]) -> list[torch.Tensor]:
-        """uint8 pixels [B, 3, S, S] -> for each temperature, log-probabilities [B, classes], float64 on the CPU.
+    def forward_cached(self, features: torch.Tensor) -> torch.Tensor:
+        """Run the classifier on cached features [N, D] of any type and on any device, in parts: logits [N, C]."""
+        parts = features.split(rows_per_chunk(features))
+        return torch.cat([self.forward_head(rows.to(self.device, torch.float32)) for rows in parts])
 
-        The probabilities of several views of the same image are averaged (test-time augmentation) before the temperature.
+    def log_probabilities(
+        self, pixels: torch.Tensor, temperatures: Sequence[float], views: Sequence[View] = VIEWS["none"]
+    ) -> list[torch.Tensor]:
+        """Classify uint8 pixels [B, 3, S, S]: log-probabilities [B, C] for each temperature, float64 on the CPU.
+
+        The probabilities of several views of an image are averaged before the temperature is applied.
         """
-        averaged = average_views([self.logits(self.features(turn(pixels, *view))) for view in views])
+        averaged = average_views([self.forward_head(self.forward_features(apply_view(pixels, view))) for view in views])
         return [(averaged / temperature).log_softmax(1) for temperature in temperatures]
 
 
-def average_views(logits) -> torch.Tensor:
-    """Logits [B, classes] of each view -> the logarithm of the views' mean probabilities [B, classes], float64 on the CPU."""
-    views = torch.stack([own.cpu().double().log_softmax(1) for own in logits])
+def average_views(logits: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the logarithm of probabilities averaged over views, [B, C] float64 on the CPU, from the logits of each."""
+    views = torch.stack([view.cpu().double().log_softmax(1) for view in logits])
     return views.logsumexp(0) - math.log(len(views))
 
 
 def fold_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
-    """A model in eval mode -> the same function with each BatchNorm multiplied into the convolution before it.
-
-    The model given is used up.
-    """
+    """Fold each BatchNorm of a model in eval mode into the convolution before it. The model given is used up."""
     try:
         return importlib.import_module("torch.fx.experimental.optimization").fuse(model, inplace=True)
-    except torch.fx.proxy.TraceError:  # a forward that torch.fx cannot follow: right as it is, only slower
+    except torch.fx.proxy.TraceError:  # torch.fx cannot trace this forward: the model is right as it is, only slower
         return model
 
 
-def keep_large_blocks():
-    """Have glibc keep freed blocks: by default every activation is mapped anew, and its page faults halve a CPU's rate."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc, m_trim_threshold, m_mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -3
-        if libc.mallopt(m_mmap_threshold, 1 << 30) or libc.mallopt(m_mmap_threshold, 32 << 20):  # old ones take 32 MB at most
-            libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+# ---------------------------------------------------------------- features
+
+MEMORY_SHARE = 1 / 3  # of the machine's memory that features may take before they are mapped from a file
 
 
-# ---------------------------------------------------------------- the checkpoint
+class FeatureRequest(NamedTuple):
+    """Images whose features are needed, each in these views."""
 
-def read_torch_file(path) -> dict:
-    """torch.load with weights_only=True, which runs no code from the file; a UserError for all that is no dict with names."""
+    split: Split
+    views: Sequence[View]
+
+
+class MissingImage(NamedTuple):
+    """An image whose features have to be computed."""
+
+    request: int  # number of the request
+    row: int  # in its split
+    views: list[int]  # numbers of the views
+
+
+def extract_features(
+    model: InferenceModel,
+    requests: Sequence[FeatureRequest],
+    cache: FeatureCache,
+    spill_folder: Path,
+    workers: int | None = None,
+) -> list[torch.Tensor]:
+    """Return the backbone's features for each request: [views, N, D] in the model's dtype, on the CPU.
+
+    What the cache knows is read; the rest runs through the backbone, once. Several processes share that work; the first
+    one has the result, the others get an empty list. Features that do not fit into memory are mapped from a file in
+    `spill_folder`. Raises ImageError for the first image that cannot be read.
+    """
+    shapes = [(len(views), len(split), model.num_features) for split, views in requests]
+    folder = spill_folder if sum(map(math.prod, shapes)) * model.dtype.itemsize > usable_memory() else None
+    results = [allocate_features(shape, model.dtype, folder) for shape in shapes if RANK == 0]
+    missing = broadcast_from_rank0(lambda: read_cached_features(requests, results, cache))
+    count = sum(len(image.views) for image in missing)
+    if known := sum(math.prod(shape[:2]) for shape in shapes) - count:
+        log(f"features: {known} remembered in {cache.folder}, {count} to compute")
+    # The number of images after which the first process collects what the others have computed.
+    block = len(missing) if WORLD_SIZE == 1 else 4096
+    try:
+        with Progress("features", count) as progress:
+            for first in range(0, len(missing), max(1, block)):
+                computed = compute_features(model, requests, missing[first : first + block][RANK::WORLD_SIZE], workers)
+                for view, images, features in computed if WORLD_SIZE == 1 else all_gather_list(list(computed)):
+                    progress.update(len(images))
+                    if RANK == 0:
+                        for (request, number, row), feature in zip(images, features):
+                            results[request][number, row] = feature
+                        cache.add(view, [requests[request].split.sha256[row] for request, _, row in images], features)
+    finally:  # also after an interruption: the next run continues from here
+        cache.flush()
+    if count:
+        cache.prune()
+    return results
+
+
+def read_cached_features(
+    requests: Sequence[FeatureRequest], results: list[torch.Tensor], cache: FeatureCache
+) -> list[MissingImage]:
+    """Copy what the cache knows into the results; return the images that it does not know in all views."""
+    missing = []
+    for request, (split, views) in enumerate(requests):
+        unknown: dict[int, list[int]] = {}
+        for number, view in enumerate(views):
+            for row in cache.read_into(view, split.sha256, results[request][number]):
+                unknown.setdefault(row, []).append(number)
+        missing += [MissingImage(request, row, unknown[row]) for row in sorted(unknown)]
+    return missing
+
+
+def compute_features(
+    model: InferenceModel, requests: Sequence[FeatureRequest], missing: list[MissingImage], workers: int | None
+) -> Iterator[tuple[View, list[tuple[int, int, int]], torch.Tensor]]:
+    """Read the missing images and run them through the backbone, batch by batch and view by view.
+
+    Yields the view, the (request, view number, row) of each image, and its features [B, D] on the CPU.
+    """
+    images, paths = iter(missing), (requests[image.request].split.paths[image.row] for image in missing)
+    for batch in read_batches(paths, model.preprocessing, model.batch_size, workers):
+        by_view: dict[View, list[tuple[torch.Tensor, tuple[int, int, int]]]] = {}
+        for (path, pixels), (request, row, numbers) in zip(batch, images):
+            if isinstance(pixels, ImageError):
+                raise pixels
+            split, views = requests[request]
+            check_unchanged(path, split.stamps[row])
+            for number in numbers:
+                by_view.setdefault(views[number], []).append((pixels, (request, number, row)))
+        for view, members in by_view.items():
+            pixels = torch.stack([pixels for pixels, _ in members])
+            features = model.forward_features(apply_view(pixels, view)).to("cpu", model.dtype)
+            yield view, [place for _, place in members], features
+
+
+def allocate_features(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
+    """Return an uninitialized tensor in memory, or, with a folder, mapped from a temporary file there."""
+    if folder is None:
+        return torch.empty(shape, dtype=dtype)
+    count = math.prod(shape)
+    handle, file = tempfile.mkstemp(prefix=".features.", suffix=".tmp", dir=folder)
+    gigabytes = count * dtype.itemsize / 1e9
+    log(f"features of {gigabytes:.1f} GB are mapped from disk, in {folder}")
+    try:
+        if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, not a crash later
+            os.posix_fallocate(handle, 0, max(1, count * dtype.itemsize))
+        return torch.from_file(file, shared=True, size=count, dtype=dtype).view(shape)
+    except OSError as error:
+        reason = f"no room to map {gigabytes:.1f} GB of features: {error.strerror}"
+        raise OSError(error.errno, reason, str(folder)) from None
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):  # Windows: the next run removes it
+            os.unlink(file)  # the mapping lives as long as the tensor
+
+
+def rows_per_chunk(features: torch.Tensor) -> int:
+    """Return how many rows of features [..., D] to process at a time: 64 MB of float32, at most 4096."""
+    return max(1, min(4096, (16 << 20) // features.shape[-1]))
+
+
+def feature_key(model: InferenceModel) -> dict:
+    """Return all that features depend on, except the image and its view."""
+    network = model.network
+    return {
+        "version": 1,
+        "arch": network.arch,
+        "weights": hash_weights(network.model, model.classifier),
+        "model": {key: value for key, value in network.model_kwargs.items() if key != "num_classes"},
+        "preprocessing": network.preprocessing,
+        "precision": str(model.dtype),
+        "device": model.device.type,
+        "machine": platform.machine(),
+        "libraries": library_versions(),
+    }
+
+
+def hash_weights(model: torch.nn.Module, excluded: str) -> str:
+    """Return the SHA-256 of a model's weights and buffers, except those of the module named `excluded`."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(excluded + "."):
+            tensor = tensor.contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """Features on disk, found by the content of the image.
+
+    There is a folder for each view of a network (everything in `feature_key`), and in it files of rows, found by the
+    SHA-256 of the image file. A file is named by the SHA-256 of its own content and never changes: damage is noticed,
+    and runs side by side cannot harm each other. What cannot be read is computed again; what cannot be written is a
+    warning.
+    """
+
+    def __init__(self, folder: Path | None, key: dict, limit: float = math.inf) -> None:
+        """Use the cache in `folder`, bounded to `limit` bytes; with None, remember nothing."""
+        self.folder, self.key, self.limit = folder, key, limit
+        self.pending: dict[View, list[tuple[list[str], torch.Tensor]]] = {}  # (hashes, rows) not yet written
+        self.known: dict[View, list[dict]] = {}  # what the files of a view contain, mapped from disk
+        self.flushed, self.writable = time.monotonic(), folder is not None
+
+    def view_folder(self, view: View) -> Path:
+        """Return the folder of a view's files."""
+        return self.folder / digest_of({**self.key, "view": view})
+
+    def read_into(self, view: View, hashes: list[str], out: torch.Tensor) -> list[int]:
+        """Copy the known rows of these images into out [N, D]; return the numbers of the rows that are not known."""
+        wanted: dict[str, list[int]] = {}
+        for row, sha256 in enumerate(hashes):
+            wanted.setdefault(sha256, []).append(row)
+        if view not in self.known and self.folder:
+            contents = map(self.read_file, sorted(self.view_folder(view).glob("*.pt")))
+            self.known[view] = [content for content in contents if content]
+        for content in self.known.get(view, []):
+            if content["features"].shape[1:] == out.shape[1:]:
+                found = [(at, row) for at, sha256 in enumerate(content["hashes"]) for row in wanted.pop(sha256, ())]
+                if found:
+                    at, rows = torch.tensor(found).unbind(1)
+                    out[rows] = content["features"][at]
+        return sorted(chain.from_iterable(wanted.values()))
+
+    def read_file(self, file: Path) -> dict | None:
+        """Return a file's `hashes` and `features`, mapped from disk; None, with a warning, if the file is damaged."""
+        try:
+            if hash_file(file) == file.stem:
+                with contextlib.suppress(OSError):  # a read-only cache is useful too
+                    os.utime(file)  # `prune` removes what was not used for longest
+                content = torch.load(file, mmap=True, weights_only=True)
+                if len(content["features"]) == len(content["hashes"]):
+                    return content
+            elif len(file.stem) == 64:
+                file.unlink()
+            log(f"warning: ignored {file}: damaged, or not written by this program")
+        except FileNotFoundError:  # removed by another run
+            pass
+        except Exception as error:
+            log(f"warning: ignored {file}: {one_line(error)}")
+        return None
+
+    def add(self, view: View, hashes: list[str], rows: torch.Tensor) -> None:
+        """Remember rows [N, D]. They are written every 64 MB per view, every five minutes, and by `flush`."""
+        if self.writable:
+            pending = self.pending.setdefault(view, [])
+            pending.append((hashes, rows))
+            if sum(rows.nbytes for _, rows in pending) > 64e6 or time.monotonic() - self.flushed > 300:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending, a file per view. After an error (a full disk) it warns, and writes nothing more."""
+        for view, pending in self.pending.items() if self.writable else ():
+            buffer = io.BytesIO()
+            hashes, rows = list(chain.from_iterable(hashes for hashes, _ in pending)), [rows for _, rows in pending]
+            torch.save({"hashes": hashes, "features": torch.cat(rows)}, buffer)
+            folder = self.view_folder(view)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with atomic_write(folder / f"{hashlib.sha256(buffer.getbuffer()).hexdigest()}.pt", "wb") as file:
+                    file.write(buffer.getbuffer())
+            except OSError as error:
+                log(f"warning: features are not remembered: {folder}: {error.strerror}")
+                self.writable = False
+                break
+        self.pending, self.flushed = {}, time.monotonic()
+
+    def prune(self) -> None:
+        """Remove the files that were not used for longest until the cache is within its limit, and report its size."""
+        if self.folder is None:
+            return
+        with contextlib.suppress(OSError):  # another run may prune at the same time
+            # Whatever else is in the folder is not ours.
+            folders = [folder for folder in self.folder.glob("[0-9a-f]" * 32) if folder.is_dir()]
+            for leftover in (file for folder in folders for file in folder.glob(f".{'[0-9a-f]' * 64}.pt.*.tmp")):
+                if time.time() - leftover.stat().st_mtime > 86400:
+                    leftover.unlink()
+            files = [file for folder in folders for file in folder.glob("[0-9a-f]" * 64 + ".pt")]
+            files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in files)
+            total = sum(size for _, size, _ in files)
+            for _, size, file in files:
+                if total > self.limit:
+                    file.unlink()
+                    total -= size
+            log(f"the cache {self.folder} holds {total / 1e9:.2f} GB of at most {self.limit / 1e9:g}")
+
+
+# ---------------------------------------------------------------- checkpoint
+
+CHECKPOINT_FORMAT, RUN_FORMAT, FORMAT_VERSION = "image classifier", "training run", 1
+
+
+@dataclass
+class Checkpoint(Network):
+    """A trained classifier, as train.py saves it in model.pt."""
+
+    classes: list[str]  # in the order of the model's outputs
+    temperature: float  # divide the logits by it before the softmax
+    temperature_tta: float  # divide the logarithm of probabilities averaged over views by it, before another softmax
+    views: list[View]  # of the images on which the classifier was trained
+    metrics: dict  # the saved epoch's row of the history
+    args: dict  # how it was trained
+    versions: dict  # with which libraries
+
+
+def read_torch_file(path: str | Path) -> dict:
+    """Read a dict with string keys by torch.load(weights_only=True), which runs no code from the file.
+
+    Raises UserError for a file that is missing, damaged (also by a single bit) or holds something else.
+    """
     if not Path(path).is_file():
-        raise UserError(f"{path} is no file, but a folder or a device" if Path(path).exists() else f"no such file: {path}")
+        raise UserError(f"{path} is not a regular file" if Path(path).exists() else f"no such file: {path}")
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch writes checksums, and does not look at them
+            with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not verify them
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
-    except Exception as error:  # pickle, zip and torch raise a dozen kinds on a damaged file
+    except Exception as error:  # pickle, zipfile and torch raise a dozen kinds for a damaged file
         if "unsupported global" in str(error).lower() or "unsupported class" in str(error).lower():
-            raise UserError(f"refused to load {path}: it holds more than plain values, and could run code") from None
-        raise UserError(f"{path} is damaged, or is no PyTorch file") from None
+            raise UserError(f"refused to load {path}: it contains more than plain values, and could run code") from None
+        raise UserError(f"{path} is damaged, or not a PyTorch file") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"{path} holds no dict of tensors by name, but a {type(content).__name__}")
+        raise UserError(f"{path} does not contain a dict of tensors by name, but a {type(content).__name__}")
     return content
 
 
 def is_checkpoint(content: dict) -> bool:
+    """Return whether a file's content is a checkpoint of train.py."""
     return content.get("format") == CHECKPOINT_FORMAT
 
 
-def read_checkpoint(path) -> tuple[dict, torch.nn.Module]:
-    """Read a checkpoint that train.py wrote: (its dict, the model with its weights, in eval mode on the CPU)."""
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint of train.py, with its model in eval mode on the CPU. Raises UserError for any other file."""
     content = read_torch_file(path)
     if not is_checkpoint(content):
-        what = ("the state of a run; give the model.pt beside it" if content.get("format") == RUN_FORMAT
-                else "a plain state dict, which train.py takes as --weights" if all(map(torch.is_tensor, content.values()))
-                else "a file of another program")
-        raise UserError(f"{path} is no checkpoint of train.py, but {what}")
-    expected = {"version": int, "arch": str, "model_kwargs": dict, "classes": list, "preprocessing": dict, "state_dict": dict,
-                "temperature": float, "metrics": dict, "views": list, "temperature_tta": float, "args": dict, "versions": dict}
+        what = "a file of another program"
+        if content.get("format") == RUN_FORMAT:
+            what = "the state of an unfinished run; pass the model.pt beside it"
+        elif all(map(torch.is_tensor, content.values())):
+            what = "a plain state dict, which train.py takes as --weights"
+        raise UserError(f"{path} is not a checkpoint of train.py, but {what}")
+    # Earlier versions did not write all fields.
     later = {"views": VIEWS["none"], "temperature_tta": content.get("temperature"), "args": {}, "versions": {}}
-    content = later | content  # that of an earlier version lacks some
-    if wrong := [key for key, kind in expected.items() if not isinstance(content.get(key), kind)]:
-        raise UserError(f"{path} is an incomplete checkpoint: it lacks {', '.join(wrong)}")
-    if content["version"] > FORMAT_VERSION:
-        raise UserError(f"{path} has format version {content['version']}; this program reads up to {FORMAT_VERSION}: update it")
-    if wrong := {"size", "interpolation", "mean", "std"} - content["preprocessing"].keys():
-        raise UserError(f"{path} is an incomplete checkpoint: its preprocessing lacks {', '.join(sorted(wrong))}")
-    if wrong := find_nonsense(content):
-        raise UserError(f"{path} is damaged, or wants a newer version of this program: its {', '.join(wrong)} make no sense")
-    if len(content["classes"]) != content["model_kwargs"].get("num_classes"):
-        raise UserError(f"{path} contradicts itself: {len(content['classes'])} classes, but {content['model_kwargs']}")
+    content = later | content
+    if wrong := invalid_fields(content):
+        reason = f"missing or invalid {', '.join(wrong)}"
+        raise UserError(f"{path} is damaged, or was written by a newer version of this program: {reason}")
     try:
-        with skip_random_weights():
-            model = build_model(content["arch"], content["model_kwargs"])
+        model = build_model(content["arch"], content["model_kwargs"], "meta")
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{path}: this torchvision cannot build its model: {error}") from None
+        raise UserError(f"{path}: this version of torchvision cannot build its model: {one_line(error)}") from None
     load_weights(model, content["state_dict"], content["arch"], path)
-    return content, model.eval()
+    fields = {key: content[key] for key in Checkpoint.__dataclass_fields__ if key != "model"}
+    return Checkpoint(model=model.eval(), **fields)
 
 
-def find_nonsense(content: dict) -> list[str]:
-    """The keys of a checkpoint, all there and of the right types, whose values no training writes."""
-    classes, how, views = content["classes"], content["preprocessing"], VIEWS["dihedral"]
+def invalid_fields(content: dict) -> list[str]:
+    """Return the names of the fields of a checkpoint that are missing or have values that no training writes."""
+
+    def is_number(value: Any, low: float = -(1 << 63), high: float = 1 << 63, kinds: tuple = (int, float)) -> bool:
+        return type(value) in kinds and low < value < high
+
+    def is_size(value: Any) -> bool:
+        return is_number(value, 0, MAX_IMAGE_SIZE + 1, (int,))
+
+    def is_channels(value: Any, low: float) -> bool:
+        return isinstance(value, list) and len(value) == 3 and all(is_number(number, low) for number in value)
+
+    dicts = ("model_kwargs", "preprocessing", "state_dict", "metrics", "args", "versions")
+    if wrong := [name for name in dicts if not isinstance(content.get(name), dict)]:
+        return wrong
+    kwargs, preprocessing = content["model_kwargs"], content["preprocessing"]
+    classes, views = content.get("classes"), content.get("views")
     kinds = {"num_classes": int, "image_size": int, "aux_logits": bool, "transform_input": bool}
-    sane = {
-        "classes": len(classes) > 0 and all(isinstance(name, str) for name in classes) and len(set(classes)) == len(classes),
-        "model_kwargs": all(kinds.get(key) is type(value) for key, value in content["model_kwargs"].items())
-        and is_size(content["model_kwargs"].get("image_size", 1)),
-        "size": is_size(how["size"]),
-        "interpolation": how["interpolation"] in ("nearest", "nearest-exact", "bilinear", "bicubic"),
-        "mean and std": all(isinstance(three, list) and len(three) == 3 and all(map(is_number, three)) for three in
-                            (how["mean"], how["std"]))
-        and min(how["std"]) > 0,
-        **{key: 0 < content[key] < math.inf for key in ("temperature", "temperature_tta")},
-        "views": len(content["views"]) > 0 and all(repr(view) in map(repr, views) for view in content["views"]),
-        "metrics": is_number(content["metrics"].get("epoch", 0))}
-    return [what for what, right in sane.items() if not right]
+    are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    valid = {
+        "version": content.get("version") in range(1, FORMAT_VERSION + 1),
+        "arch": isinstance(content.get("arch"), str),
+        "classes": are_names and 0 < len(set(classes)) == len(classes) == kwargs.get("num_classes"),
+        "model_kwargs": all(kinds.get(key) is type(kwargs[key]) for key in kwargs)
+        and is_size(kwargs.get("image_size", 1)),
+        "size": is_size(preprocessing.get("size")),
+        "interpolation": preprocessing.get("interpolation") in ("nearest", "nearest-exact", "bilinear", "bicubic"),
+        "mean": is_channels(preprocessing.get("mean"), -math.inf),
+        "std": is_channels(preprocessing.get("std"), 0),
+        "temperature": is_number(content.get("temperature"), 0, math.inf),
+        "temperature_tta": is_number(content.get("temperature_tta"), 0, math.inf),
+        "views": isinstance(views, list)
+        and set(map(repr, views)) <= set(map(repr, VIEWS["dihedral"]))
+        and len(views) > 0,
+        "metrics": is_number(content["metrics"].get("epoch", 0)),
+    }
+    return [name for name, is_valid in valid.items() if not is_valid]
 
 
-def is_size(value) -> bool:
-    return type(value) is int and 0 < value <= LARGEST_SIZE
-
-
-def is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1 << 63
-
-
-def checkpoint_views(checkpoint: dict, tta: bool) -> tuple[list, float]:
-    """The views to average over, with --tta those that the model was trained with, and the temperature of the average."""
+def checkpoint_views(checkpoint: Checkpoint, tta: bool) -> tuple[list[View], float]:
+    """Return the views to average over, with --tta those of the training, and the temperature for that average."""
     if not tta:
-        return VIEWS["none"], checkpoint["temperature"]
-    if len(checkpoint["views"]) == 1:
-        raise UserError("--tta averages the views that a model was trained with, and this one saw every image only as it is: "
-                        "train with --augment flip or dihedral")
-    return checkpoint["views"], checkpoint["temperature_tta"]
+        return VIEWS["none"], checkpoint.temperature
+    if len(checkpoint.views) == 1:
+        raise UserError(
+            "--tta averages over the views that a model was trained with, and this one was trained with each image "
+            "only as it is: train with --augment flip or dihedral"
+        )
+    return checkpoint.views, checkpoint.temperature_tta
 
 
-def checkpoint_precision(checkpoint: dict, precision: str) -> str:
-    """--precision, where auto is fp32 for a model whose features were measured in fp32: the numbers stay what they were."""
-    return "fp32" if precision == "auto" and checkpoint.get("args", {}).get("precision") == "fp32" else precision
+def checkpoint_precision(checkpoint: Checkpoint, precision: str) -> str:
+    """Resolve --precision auto: a model that was trained in fp32 stays in fp32, so that its numbers stay the same."""
+    return "fp32" if precision == "auto" and checkpoint.args.get("precision") == "fp32" else precision
 
 
-def build_model(arch: str, model_kwargs: dict) -> torch.nn.Module:
-    """torchvision's model `arch` with random weights; `model_kwargs` are its own arguments, such as num_classes."""
-    if arch not in torchvision.models.list_models(module=torchvision.models):  # others may download weights
-        raise ValueError(f"unknown classification model {arch}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # googlenet, inception_v3: "the default initialization will change"
-        return torchvision.models.get_model(arch, weights=None, **model_kwargs)
+def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path: str | Path) -> None:
+    """Load a state dict that must have exactly the model's keys and shapes, in place of the model's own tensors.
 
-
-@contextlib.contextmanager
-def skip_random_weights():
-    """Build layers without drawing their random weights, which takes longer than to load real ones."""
-    init = torch.nn.init
-    kept = {name: getattr(init, name) for name in dir(init) if name.endswith("_") and not name.startswith("_")}
-    try:
-        for name in kept:
-            setattr(init, name, lambda tensor, *_, **__: tensor)
-        yield
-    finally:
-        for name, function in kept.items():
-            setattr(init, name, function)
-
-
-def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path):
-    """Load a state dict into a model of exactly its keys and shapes; raises UserError naming the keys that do not fit.
-
-    The model takes the tensors themselves, not copies, where they are what a model holds.
+    The model may be on the meta device. Raises UserError that names `path`, `arch` and the keys that do not fit.
     """
-    own = model.state_dict()
-    both = {key: (own[key], state_dict[key]) for key in own if key in state_dict}
-    wrong = {"missing": [key for key in own if key not in state_dict],
-             "unknown": [str(key) for key in state_dict if key not in own],
-             "of another kind": [key for key, (mine, value) in both.items() if not is_plain(value, mine.dtype)]}
-    wrong["of another shape"] = [key for key, (mine, value) in both.items()
-                                 if key not in wrong["of another kind"] and mine.shape != value.shape]
-    if not any(wrong.values()):
-        state_dict = {key: value.to(mine.dtype).contiguous() for key, (mine, value) in both.items()}
-        wrong["with values that are not finite"] = [key for key, value in state_dict.items() if not value.isfinite().all()]
-    if any(wrong.values()):
-        details = "; ".join(f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-                            for kind, keys in wrong.items() if keys)
+    own, floats = model.state_dict(), (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+    def problem(key: str) -> str | None:
+        if key not in state_dict or key not in own:
+            return "missing" if key in own else "unknown"
+        value, dtype = state_dict[key], own[key].dtype
+        dense = torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu"
+        if not dense or value.is_nested or (value.dtype != dtype and not (value.dtype in floats and dtype in floats)):
+            return "of the wrong type"
+        if value.shape != own[key].shape:
+            return "of the wrong shape"
+        return None if value.isfinite().all() else "with values that are not finite"
+
+    problems: dict[str, list[str]] = {}
+    for key in {**own, **state_dict}:
+        if kind := problem(key):
+            problems.setdefault(kind, []).append(str(key))
+    if problems:
+        lists = {kind: ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "") for kind, keys in problems.items()}
+        details = "; ".join(f"{len(problems[kind])} keys {kind} ({names})" for kind, names in lists.items())
         raise UserError(f"{path} does not fit the architecture {arch}: {details}")
-    update_weights(model, state_dict, assign=True)
+    update_weights(model, {key: state_dict[key].to(own[key].dtype).contiguous() for key in own}, assign=True)
 
 
-def update_weights(model: torch.nn.Module, weights: dict, assign: bool = False):
-    """Give a model weights by name; those that are not among them it keeps.
+def update_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], assign: bool = False) -> None:
+    """Load weights by name, in place; the others stay.
 
-    They pass through a state dict of torch's own kind, which also knows the versions of its modules: MNASNet asks for its own.
+    The weights pass through the model's own state dict, which records the versions of its modules: MNASNet needs its
+    own.
     """
     own = model.state_dict()
     own.update(weights)
     model.load_state_dict(own, assign=assign)
-
-
-def is_plain(value, dtype: torch.dtype) -> bool:
-    """Whether a value is a dense tensor in memory of this type, or both are floating point."""
-    floats = torch.float16, torch.bfloat16, torch.float32, torch.float64
-    return (torch.is_tensor(value) and not value.is_nested and value.layout == torch.strided and value.device.type == "cpu"
-            and (value.dtype == dtype or value.dtype in floats and dtype in floats))

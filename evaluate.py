@@ -1,91 +1,67 @@
-"""Measure trained classifiers on one split of a tree: intervals, calibration, mistakes, comparison, and a report to publish.
+"""Evaluate trained classifiers on one split of a data folder, and write a report.
 
-Writes report.html (all of it on one page), metrics.json, per_class.csv, predictions.csv and pictures into the report folder,
-replacing an earlier report. `loss` is the cross entropy of the history, without the temperature; all else is calibrated by
-it, as predict.py's probabilities are, but for what is called `_uncalibrated`. Several checkpoints are compared on the same
-images: OUT is the report of the first, OUT/<name>/ has the files of each other one, and metrics.json lists all as `models`.
-Findings and tables go to stderr, the JSON of metrics.json to stdout.
+The report folder OUT gets report.html (everything on one page), metrics.json, per_class.csv, predictions.csv and
+pictures, which replace those of an earlier report. Several checkpoints are compared on the same images: OUT is then the
+report of the first, OUT/<name>/ has the files of each other one, and metrics.json lists all of them as `models`. The
+text of the report goes to stderr, and the content of metrics.json to stdout.
+
+`loss` is the cross entropy without the temperature, as in the training history. All other numbers are computed from
+probabilities that are calibrated by the temperature, like those of predict.py, except those named `_uncalibrated`.
 """
+
 from __future__ import annotations
 
 import base64
 import contextlib
 import csv
+import hashlib
 import html
 import json
 import math
+import os
 import platform
 import shlex
 import statistics
 import sys
 import tempfile
 import time
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
-from itertools import combinations
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, combinations
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import PIL
+from common import EXIT_BELOW_BAR, SPLITS, TTA_HELP
+from common import Checkpoint, ImageError, InferenceModel, LazyModule, Progress, UserError, View
+from common import add_hardware_options, atomic_write, checkpoint_precision, checkpoint_views, command, fraction
+from common import hash_images, library_versions, list_split, log, make_parser, new_figure, pick_device, printable
+from common import read_batches, read_checkpoint, read_image, read_torch_file, save_figure, write_csv
 
-from common import (EXIT_BELOW_BAR, SPLITS, TTA_HELP, FrozenModel, ImageError, LazyModule, Progress, UserError,
-                    add_hardware_options, checkpoint_precision, checkpoint_views, command, file_hash, fraction, log,
-                    make_parser, pick_device, printable, read_batches, read_checkpoint, read_image, read_split,
-                    read_torch_file, reader_threads, replacing, torch, torchvision)
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
 
-matplotlib = LazyModule("matplotlib")
-Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95% interval
-RESAMPLES, BINS = 2000, 15
-THRESHOLDS = (0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-# What to say of the numbers on the splits that made the model.
-TAINTED = {"train": "a model that learned from these images knows them; only others tell how well it does.",
-           "val": "epoch and temperature may have been chosen on these images, so the numbers are a little too good."}
-SHOWN = 40  # classes in a picture; of more, those with most mistakes
-COLOURS, MARKERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"), "os^Dvp*"  # for all eyes
-INTERVALS = (f"95%: Wilson's score interval for accuracy, precision and recall; for F1 and macro F1 the percentiles of a "
-             f"bootstrap of {RESAMPLES} resamples of the n images. A bootstrap finds no width where nothing is wrong.")
-MCNEMAR = "McNemar's exact test, two-sided"
-CURVES = [f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")]
+# ---------------------------------------------------------------- command line
 
 
-class Estimate(NamedTuple):
-    """A number with its 95% interval; all None without a denominator."""
-    value: float | None
-    low: float | None
-    high: float | None
-
-    def __str__(self):
-        return "-" if self.value is None else f"{self.value:.4f} [{self.low:.3f}, {self.high:.3f}]"
-
-    def __format__(self, spec):
-        return f"{self.value:{spec}} (95% interval {self.low:{spec}} to {self.high:{spec}})"
-
-
-class Section(NamedTuple):
-    """A part of the report, which is told twice: as text on stderr, and with its picture in report.html."""
-    title: str
-    sentences: list[str]
-    table: list[list[str]] = []  # its heading first
-    picture: Path | None = None
-
-
-def parse_args(argv):
-    parser = make_parser("evaluate.py", __doc__, "python evaluate.py --checkpoint runs/eurosat/model.pt --data data/eurosat")
+def parse_args(argv: Sequence[str] | None) -> Namespace:
+    """Parse the command line."""
+    example = "python evaluate.py --checkpoint runs/eurosat/model.pt --data data/eurosat"
+    parser = make_parser("evaluate.py", __doc__, example)
     group = parser.add_argument_group("input and output")
-    group.add_argument("--checkpoint", type=Path, required=True, nargs="+", metavar="FILE",
-                       help="the model.pt that train.py wrote; several are compared")
-    group.add_argument("--data", type=Path, default=Path("data/eurosat"), help="the tree of images")
-    group.add_argument("--split", default="test", help="the folder of DATA to measure")
-    group.add_argument("--allow-missing", action="store_true",
-                       help="leave out the images of a class that a model does not know, instead of ending with an error")
-    group.add_argument("--history", type=Path, nargs="+", metavar="FILE",
-                       help="histories of training, to draw over each other (default: history.csv beside each checkpoint)")
-    group.add_argument("--out", type=Path, help="folder for the results (default: report/ beside the first checkpoint)")
+    checkpoint_help = "a model.pt of train.py; several are compared"
+    group.add_argument("--checkpoint", type=Path, required=True, nargs="+", metavar="FILE", help=checkpoint_help)
+    group.add_argument("--data", type=Path, default=Path("data/eurosat"), help="folder with a folder for each split")
+    group.add_argument("--split", default="test", help="the folder in DATA whose images are classified")
+    group.add_argument("--allow-missing", action="store_true", help="leave out images of classes unknown to a model")
+    history_help = "training histories to draw in one picture (default: the history.csv beside each checkpoint)"
+    group.add_argument("--history", type=Path, nargs="+", metavar="FILE", help=history_help)
+    group.add_argument("--out", type=Path, help="report folder (default: report/ beside the first checkpoint)")
     group.add_argument("--tta", action="store_true", help=TTA_HELP)
-    group.add_argument("--fail-under", type=fraction, metavar="ACCURACY",
-                       help="end with exit code 4 if the accuracy of the first checkpoint is below this")
+    fail_help = "end with exit code 4 if the accuracy of the first checkpoint is below this"
+    group.add_argument("--fail-under", type=fraction, metavar="ACCURACY", help=fail_help)
     add_hardware_options(parser)
     args = parser.parse_args(argv)
     args.out = args.out or args.checkpoint[0].parent / "report"
@@ -94,251 +70,369 @@ def parse_args(argv):
 
 
 @command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Evaluate the checkpoints of the command line and write the report. Returns the exit code."""
     args = parse_args(argv)
     device = pick_device(args.device)
-    models = read_models(args)
-    histories = read_histories(args, models)
-    paths, truth, notes = read_truth(args.data / args.split, models, args.allow_missing)
-    data_sha256 = hash_split(paths, truth, args.workers)
-    with staged(args.out, [model.part for model in models]) as folder:
+    candidates = read_candidates(args.checkpoint, args.tta)
+    histories = read_histories(args.history, candidates)
+    images = list_images(args.data / args.split, candidates, args.allow_missing, args.workers)
+    with replace_report(args.out, [candidate.subfolder for candidate in candidates]) as folder:
+        models = []
+        for candidate in candidates:
+            predictions, timing = classify(candidate, images, device, args.precision, args.workers)
+            metrics = compute_metrics(candidate, predictions, timing)
+            models.append(EvaluatedModel(**vars(candidate), predictions=predictions, metrics=metrics))
+        comparisons = compare_models(models)
+        content = metrics_content(args, models, comparisons, histories, images)
         for model in models:
-            model.folder = folder / model.part
-            model.folder.mkdir(exist_ok=True)
-            classify(model, paths, truth, device, args)
-            measure(model)
-        metrics = write_all(models, histories, paths, notes, data_sha256, folder, args)
+            write_tables(folder / model.subfolder, model, images.paths)
+        sections = report_sections(models, comparisons, histories, images, folder)
+        for section in sections:
+            log_section(section)
+        title = f"{', '.join(model.name for model in models)} on {args.data.resolve().name}/{args.split}"
+        write_report(folder / "report.html", title, [*sections, origin_section(models, content)])
+        with atomic_write(folder / "metrics.json") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
     log(f"wrote {args.out}/report.html, metrics.json and the files beside them")
-    print(json.dumps(metrics))
-    if args.fail_under is not None and metrics["accuracy"] < args.fail_under:
-        log(f"accuracy {metrics['accuracy']:.4f} is below --fail-under {args.fail_under}")
+    print(json.dumps(content))
+    if args.fail_under is not None and content["accuracy"] < args.fail_under:
+        log(f"accuracy {content['accuracy']:.4f} is below --fail-under {args.fail_under}")
         return EXIT_BELOW_BAR
 
 
 @contextlib.contextmanager
-def staged(out: Path, parts: list[str]):
-    """A folder whose files replace those of an earlier report when the block has ended well: none is half old, half new."""
+def replace_report(out: Path, subfolders: list[str]) -> Iterator[Path]:
+    """Yield a temporary folder with these subfolders. If the block succeeds, their files replace an earlier report."""
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".report.", suffix=".tmp", dir=out) as folder:
-        yield Path(folder)
-        for part in parts:
-            (out / part).mkdir(exist_ok=True)
-            for name in ("comparison.png", "curves.png", "mistakes.png"):  # this report may have none
-                if not Path(folder, part, name).exists():
-                    (out / part / name).unlink(missing_ok=True)
-            for file in filter(Path.is_file, Path(folder, part).iterdir()):
-                file.replace(out / part / file.name)
+    with tempfile.TemporaryDirectory(prefix=".report.", suffix=".tmp", dir=out) as temporary:
+        for subfolder in subfolders:
+            Path(temporary, subfolder).mkdir(exist_ok=True)
+        yield Path(temporary)
+        for subfolder in subfolders:
+            source, target = Path(temporary, subfolder), out / subfolder
+            target.mkdir(exist_ok=True)
+            for name in {"comparison.png", "curves.png", "mistakes.png"} - set(os.listdir(source)):
+                (target / name).unlink(missing_ok=True)  # of the earlier report
+            for file in filter(Path.is_file, source.iterdir()):
+                file.replace(target / file.name)
 
 
-def write_all(models: list, histories: list, paths: list[str], notes: list[str], data_sha256: str, folder: Path, args) -> dict:
-    """Tell what was measured, and write the report; returns what metrics.json has."""
-    comparisons = compare(models)
-    sections = [Section("Note", notes)] if notes else []
-    sections += describe_comparison(models, comparisons, folder / "comparison.png") if comparisons else []
-    for model in models:
-        write_tables(model, paths)
-        sections += describe(model, paths, f"{model.name}: " if comparisons else "")
-    sections += describe_curves(histories, folder / "curves.png") if histories else []
-    metrics = {"checkpoint": str(args.checkpoint[0]), "data": str(args.data), "split": args.split, "tta": args.tta,
-               **plain(models[0].metrics), "curves": [history.findings for history in histories], "notes": notes,
-               "intervals": INTERVALS, "command": args.command, "data_sha256": data_sha256,
-               "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
-                            "torchvision": str(torchvision.__version__), "pillow": PIL.__version__,
-                            "matplotlib": matplotlib.__version__}}
+def metrics_content(
+    args: Namespace, models: list[EvaluatedModel], comparisons: list[dict], histories: list[History], images: Images
+) -> dict[str, Any]:
+    """Return the content of metrics.json: the metrics of the first model, those of all if several, and their origin."""
+    import matplotlib
+
+    versions = {"python": platform.python_version(), **library_versions(), "matplotlib": matplotlib.__version__}
+    content = {"checkpoint": str(args.checkpoint[0]), "data": str(args.data), "split": args.split, "tta": args.tta}
+    content |= to_json(models[0].metrics)
+    content |= {"curves": [summarize_history(history) for history in histories], "notes": images.notes}
+    content |= {"intervals": INTERVALS, "command": args.command, "data_sha256": images.sha256, "versions": versions}
     if comparisons:
-        metrics["models"] = [{"name": model.name, "checkpoint": str(model.path), "folder": str(args.out / model.part),
-                              **plain(model.metrics)} for model in models]
-        metrics["comparisons"] = [plain(pair) for pair in comparisons]
-    for section in sections:
-        show(section)
-    title = f"{', '.join(model.name for model in models)} on {args.data.resolve().name}/{args.split}"
-    write_report(folder / "report.html", title, [*sections, describe_making(models, metrics)])
-    with replacing(folder / "metrics.json") as file:
-        file.write(json.dumps(metrics, indent=2) + "\n")
-    return metrics
+        content["models"] = []
+        for model in models:
+            files = {"checkpoint": str(model.path), "folder": str(args.out / model.subfolder)}
+            content["models"].append({"name": model.name, **files, **to_json(model.metrics)})
+        content["comparisons"] = [to_json(comparison) for comparison in comparisons]
+    return content
 
 
 # ---------------------------------------------------------------- input
 
+HISTORY_COLUMNS = [f"{split}_{quantity}" for split in SPLITS for quantity in ("loss", "acc")]
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # for color-blind readers too
+# Notes on splits that were used in training.
+SPLIT_NOTES = {
+    "train": "the model was trained on these images, so the numbers do not show how well it classifies others.",
+    "val": "epoch and temperature may have been chosen on these images, so the numbers are slightly optimistic.",
+}
+
+
+@dataclass
+class Candidate:
+    """A checkpoint to evaluate."""
+
+    path: Path
+    name: str  # short, and different for each candidate
+    subfolder: str  # of the report, for the files of this candidate; empty for the first one
+    checkpoint: Checkpoint
+    views: list[View]  # the views of each image to average over
+    temperature: float  # what the averaged log-probabilities are divided by
+
+
+@dataclass
+class Images:
+    """The images to classify, the same for all models."""
+
+    paths: list[str]
+    labels: list[str]  # the true class of each image
+    notes: list[str]  # sentences about these images that a reader of the report has to know
+    sha256: str  # of the sorted lines `<class>/<SHA-256 of the image>`, which do not depend on file names
+
+
+@dataclass
+class History:
+    """The history of a training run."""
+
+    path: Path
+    name: str  # short, and different for each history
+    rows: list[dict[str, float]]  # for each epoch its number and HISTORY_COLUMNS, NaN where the file has no number
+    best: dict[str, float]  # the row of the best epoch
+    color: str  # of its curves, if there are several histories
+
+
 def short_names(paths: list[Path]) -> list[str]:
-    """A name for each file, all different: its folder's for a model.pt or history.csv, else its own."""
+    """Return a different name for each file: that of its folder for a model.pt or history.csv, else its own."""
     names = []
     for path in paths:
         base = (path.resolve().parent.name if path.stem in ("model", "history") else "") or path.stem
-        names.append(next(name for name in (base, *(f"{base}-{k}" for k in range(2, len(paths) + 1))) if name not in names))
+        choices = [base, *(f"{base}-{number}" for number in range(2, len(paths) + 1))]
+        names.append(next(name for name in choices if name not in names))
     return names
 
 
-def read_models(args) -> list[SimpleNamespace]:
-    """All checkpoints, before the first is run: a wrong one costs no time. The steps below add what they find to each."""
-    models = []
-    for path, name in zip(args.checkpoint, short_names(args.checkpoint)):
-        checkpoint, network = read_checkpoint(path)
+def read_candidates(paths: list[Path], tta: bool) -> list[Candidate]:
+    """Read all checkpoints, so that an invalid one is reported before any is run."""
+    candidates = []
+    for path, name in zip(paths, short_names(paths)):
+        checkpoint = read_checkpoint(path)
         try:
-            views, temperature = checkpoint_views(checkpoint, args.tta)
+            views, temperature = checkpoint_views(checkpoint, tta)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        models.append(SimpleNamespace(path=path, name=name, checkpoint=checkpoint, network=network, views=views,
-                                      temperature=temperature, classes=checkpoint["classes"],
-                                      part=name if models else ""))
-    return models
+        candidates.append(Candidate(path, name, name if candidates else "", checkpoint, views, temperature))
+    return candidates
 
 
-def read_truth(folder: Path, models: list, allow_missing: bool) -> tuple[list[str], list[str], list[str]]:
-    """The images of FOLDER/<class>/ and the class name of each, the same for all models; and notes on what is missing.
+def read_histories(paths: list[Path] | None, candidates: list[Candidate]) -> list[History]:
+    """Read these histories, or by default those beside the checkpoints, as far as they exist.
 
-    A class that a model does not know is a UserError, or left out with `allow_missing`.
+    The best epoch is that of the model beside the history; without a model, that of the lowest val loss.
+    """
+    required, histories = bool(paths), []
+    paths = paths or list(dict.fromkeys(candidate.path.with_name("history.csv") for candidate in candidates))
+    for number, (path, name) in enumerate(zip(paths, short_names(paths))):
+        if path.exists():
+            rows, epoch = read_history(path), saved_epoch(path, candidates)
+            with_val = [row for row in rows if not math.isnan(row["val_loss"])]
+            lowest = min(with_val, key=lambda row: row["val_loss"], default=rows[-1])
+            best = next((row for row in rows if row["epoch"] == epoch), lowest)
+            histories.append(History(path, name, rows, best, COLORS[number % len(COLORS)]))
+        elif required:
+            raise UserError(f"no such file: {path}")
+        else:
+            log(f"no training curves: {path} does not exist")
+    return histories
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """Read the rows of a history. Raises UserError for a file that is not a history of train.py."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [
+                {"epoch": int(row["epoch"]), **{key: float(row[key] or "nan") for key in HISTORY_COLUMNS}}
+                for row in csv.DictReader(file)
+            ]
+        if not rows or any(math.isinf(value) or value > 1e9 for row in rows for value in row.values()):
+            raise ValueError
+    except (ValueError, LookupError, TypeError, OverflowError, csv.Error):
+        raise UserError(f"{path} is not a history of train.py: it needs numbers in epoch, train_loss, ...") from None
+    return rows
+
+
+def saved_epoch(history: Path, candidates: list[Candidate]) -> int | None:
+    """Return the epoch of the candidate, or else of the model.pt, beside a history; None if there is none."""
+    epochs = {c.path.resolve().with_name("history.csv"): c.checkpoint.metrics.get("epoch") for c in candidates}
+    model = history.with_name("model.pt")
+    if history.resolve() not in epochs and history.name == "history.csv" and model.exists():
+        with contextlib.suppress(UserError, AttributeError):  # this model is not evaluated, so it may be damaged
+            return read_torch_file(model).get("metrics").get("epoch")
+    return epochs.get(history.resolve())
+
+
+def list_images(folder: Path, candidates: list[Candidate], allow_missing: bool, workers: int | None) -> Images:
+    """List the images of FOLDER/<class>/ with their class names, hash them, and log the notes on them.
+
+    Raises UserError for a class that a model does not know; with `allow_missing` its images are left out instead.
     """
     if not folder.parent.is_dir():
         raise UserError(f"no such folder: {folder.parent}")
     if not folder.is_dir():
         raise UserError(f"{folder.parent} has no {folder.name}/ folder; choose another with --split")
-    paths, names, targets = read_split(folder)
-    truth, notes = [names[target] for target in targets], []
-    for model in models:
-        if unknown := [f"{name} ({truth.count(name)} images)" for name in names if name not in model.classes]:
-            told = f"{folder} has classes that {model.path} does not know: {', '.join(unknown)}"
+    paths, names, targets = list_split(folder)
+    labels, notes = [names[target] for target in targets], []
+    known, all_classes = set(names), {}
+    for candidate in candidates:
+        classes = candidate.checkpoint.classes
+        if unknown := [f"{name} ({labels.count(name)} images)" for name in names if name not in classes]:
+            problem = f"{folder} has classes that {candidate.path} does not know: {', '.join(unknown)}"
             if not allow_missing:
-                raise UserError(f"{told}; leave their images out with --allow-missing")
-            notes.append(f"{told}: their images are left out.")
-    images = [(path, name) for path, name in zip(paths, truth) if all(name in model.classes for model in models)]
-    if not images:
-        raise UserError(f"{folder} has no image of a known class")
-    paths, truth = map(list, zip(*images))
-    if folder.name in TAINTED:
-        notes.append(f"{folder}: {TAINTED[folder.name]}")
-    if absent := [name for name in dict.fromkeys(sum((model.classes for model in models), [])) if name not in truth]:
-        notes.append(f"{folder} has no images of {', '.join(absent)}: of these nothing is measured, but to take another class "
-                     "for one of them is a mistake, and an F1 of 0 in macro F1.")
+                raise UserError(f"{problem}; leave their images out with --allow-missing")
+            notes.append(f"{problem}. Their images are left out.")
+        known &= set(classes)
+        all_classes |= dict.fromkeys(classes)
+    if not known:
+        raise UserError(f"{folder} has no images of known classes")
+    if folder.name in SPLIT_NOTES:
+        notes.append(f"{folder}: {SPLIT_NOTES[folder.name]}")
+    if absent := [name for name in all_classes if name not in known]:
+        effect = "they have no recall, and an F1 of 0 in macro F1 if an image is classified as one of them."
+        notes.append(f"{folder} has no images of these classes: {', '.join(absent)}; {effect}")
     for note in notes:
         log(f"warning: {note}")
-    return paths, truth, notes
+    paths, labels = map(list, zip(*((path, label) for path, label in zip(paths, labels) if label in known)))
+    return Images(paths, labels, notes, hash_split(paths, labels, workers))
 
 
-def hash_split(paths: list[str], truth: list[str], workers: int | None) -> str:
-    """SHA-256 over the sorted lines `<class>/<SHA-256 of the file>`: what was measured, whatever the files are called."""
-    with ThreadPoolExecutor(reader_threads(workers)) as executor:
-        lines = sorted(f"{name}/{digest}\n" for name, digest in zip(truth, executor.map(file_hash, paths)))
-    return sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+def hash_split(paths: list[str], labels: list[str], workers: int | None) -> str:
+    """Return the SHA-256 of the sorted lines `<class>/<SHA-256 of the image>`."""
+    lines = sorted(f"{label}/{sha256}\n" for label, sha256 in zip(labels, hash_images(paths, workers)[0]))
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def read_histories(args, models: list) -> list[SimpleNamespace]:
-    """The histories asked for, or those beside the checkpoints: their rows as numbers, and the best of them.
+# ---------------------------------------------------------------- predictions
 
-    The best is the epoch that the checkpoint beside the history was taken from; without one, that of the lowest val loss.
+
+@dataclass
+class Predictions:
+    """What a model predicts for N images; it has C classes."""
+
+    targets: torch.Tensor  # the true class of each image, int64 [N]
+    uncalibrated: torch.Tensor  # log-probabilities without the temperature, float64 [N, C]
+    calibrated: torch.Tensor  # log-probabilities with the temperature, float64 [N, C]
+    predicted: torch.Tensor  # the most probable class, int64 [N]
+    confidence: torch.Tensor  # the calibrated probability of that class, float64 [N]
+    correct: torch.Tensor  # whether that class is the true one, bool [N]
+    confusion: torch.Tensor  # the number of images for each [true class, predicted class], int64 [C, C]
+
+
+@dataclass
+class EvaluatedModel(Candidate):
+    """A candidate with its predictions, and its metrics as `compute_metrics` returns them."""
+
+    predictions: Predictions
+    metrics: dict[str, Any]
+
+
+def classify(
+    candidate: Candidate, images: Images, device: torch.device, precision: str, workers: int | None
+) -> tuple[Predictions, dict[str, Any]]:
+    """Run a model on all images. Returns the predictions, and `ms_per_image` and `timing` as in metrics.json.
+
+    The time is measured from pixels in memory to probabilities, and is that of the fastest batch: the others share the
+    processor with the threads that read images. Raises ImageError for the first image that cannot be read.
     """
-    saved = {model.path.resolve().with_name("history.csv"): model.checkpoint["metrics"].get("epoch") for model in models}
-    histories, paths = [], args.history or list(dict.fromkeys(path.with_name("history.csv") for path in args.checkpoint))
-    for number, (path, name) in enumerate(zip(paths, short_names(paths))):
-        if not path.exists():
-            if args.history:
-                raise UserError(f"no such file: {path}")
-            log(f"no curves: {path} is not there")
-            continue
-        try:
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = [{"epoch": int(row["epoch"]), **{key: float(row[key] or "nan") for key in CURVES}}
-                        for row in csv.DictReader(file)]
-            if any(math.isinf(number) or number > 1e9 for row in rows for number in row.values()):
-                raise ValueError
-            with_val = [row for row in rows if not math.isnan(row["val_loss"])]
-            best = min(with_val, key=lambda row: row["val_loss"]) if with_val else rows[-1]
-            epoch = saved_epoch(path, saved)
-            best = next((row for row in rows if row["epoch"] == epoch), best)
-        except (ValueError, LookupError, TypeError, OverflowError, csv.Error):
-            raise UserError(f"{path} is no history of train.py, with numbers under epoch, train_loss, train_acc, ...") from None
-        histories.append(SimpleNamespace(path=path, name=name, rows=rows, best=best, number=number))
-    return histories
-
-
-def saved_epoch(history: Path, known: dict):
-    """The epoch of the model beside a history: of a checkpoint given, else of the model.pt there; None where there is none."""
-    beside = history.with_name("model.pt")
-    if history.resolve() not in known and history.name == "history.csv" and beside.exists():
-        with contextlib.suppress(UserError, AttributeError):  # it is only looked at
-            return read_torch_file(beside).get("metrics").get("epoch")
-    return known.get(history.resolve())
-
-
-# ---------------------------------------------------------------- measuring
-
-def classify(model: SimpleNamespace, paths: list[str], truth: list[str], device: torch.device, args):
-    """Give a model its `targets` [N] and log-probabilities [N, C], float64: `raw`, and `calibrated` by the temperature.
-
-    What is timed is the way from pixels in memory to probabilities, and of all batches the fastest tells what the model needs:
-    the others share the processor with the reading. Raises ImageError at the first image that cannot be read.
-    """
-    preprocessing, temperatures = model.checkpoint["preprocessing"], (1, model.temperature)
-    frozen = FrozenModel(model.network, preprocessing, len(model.classes), device,
-                         checkpoint_precision(model.checkpoint, args.precision))
+    checkpoint = candidate.checkpoint
+    model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, precision))
     results, times = [], []
-    frozen.backbone  # made here, so that its time is nobody's
-    with Progress(f"evaluate {model.name}", len(paths)) as progress:
-        for batch in read_batches(paths, preprocessing, frozen.batch_size, args.workers):
-            if bad := [pixels for _, pixels in batch if isinstance(pixels, ImageError)]:
-                raise bad[0]
-            pixels, start = torch.stack([pixels for _, pixels in batch]), time.perf_counter()
-            results.append(frozen.log_probabilities(pixels, temperatures, model.views))
+    _ = model.backbone  # prepared here, outside the measured time
+    with Progress(f"evaluate {candidate.name}", len(images.paths)) as progress:
+        for batch in read_batches(images.paths, checkpoint.preprocessing, model.batch_size, workers):
+            if errors := [pixels for _, pixels in batch if isinstance(pixels, ImageError)]:
+                raise errors[0]
+            pixels = torch.stack([pixels for _, pixels in batch])
+            start = time.perf_counter()
+            results.append(model.log_probabilities(pixels, (1, candidate.temperature), candidate.views))
             times.append(1000 * (time.perf_counter() - start) / len(batch))
             progress.update(len(batch))
-    model.speed = {"ms_per_image": min(times), "timing": f"the fastest of {len(times)} batches, without reading; views of each "
-                   f"image: {len(model.views)}; {device}, {str(frozen.dtype).removeprefix('torch.')}"}
-    model.raw, model.calibrated = (torch.cat(parts) for parts in zip(*results))
-    index = {name: number for number, name in enumerate(model.classes)}
-    model.targets = torch.tensor([index[name] for name in truth])
+    index = {name: number for number, name in enumerate(checkpoint.classes)}
+    targets = torch.tensor([index[label] for label in images.labels])
+    dtype, views = str(model.dtype).removeprefix("torch."), len(candidate.views)
+    timing = f"without reading, the fastest of {len(times)} batches; views per image: {views}; {device}, {dtype}"
+    predictions = make_predictions(targets, *(torch.cat(parts) for parts in zip(*results)))
+    return predictions, {"ms_per_image": min(times), "timing": timing}
 
 
-def measure(model: SimpleNamespace):
-    """Give a model what it `predicted`, with what `probability`, which are `right` [N], the `confusion` matrix and `metrics`.
-
-    The confusion matrix is [true, predicted]; losses are mean cross entropies in nats. A precision, recall or F1 without a
-    denominator is None; macro F1 is the mean over the classes that occur, as truth or as prediction.
-    """
-    model.probability, model.predicted = model.calibrated.exp().max(1)
-    model.right = model.predicted == model.targets
-    count, n, right = len(model.classes), len(model.targets), model.right.sum().item()
-    model.confusion = torch.bincount(model.targets * count + model.predicted, minlength=count * count).view(count, count)
-    hits, support, answered = (values.tolist() for values in
-                               (model.confusion.diag(), model.confusion.sum(1), model.confusion.sum(0)))
-    *f1s, macro_f1 = bootstrap_f1(model.confusion)
-    coverage = []
-    for threshold in THRESHOLDS:
-        sure = model.probability >= threshold
-        answers = sure.sum().item()
-        coverage.append({"threshold": threshold, "n": answers, "coverage": answers / n,
-                         "accuracy": wilson((sure & model.right).sum().item(), answers)})
-    wrong = model.confusion - model.confusion.diag().diag()
-    pairs = [divmod(cell, count) for cell in wrong.flatten().argsort(descending=True, stable=True)[:10].tolist()]
-    ranks = (model.calibrated > model.calibrated.gather(1, model.targets[:, None])).sum(1)
-    after, before = (calibration(scores, model.targets) for scores in (model.calibrated, model.raw))
-    model.metrics = {
-        "n": n, "accuracy": wilson(right, n), "macro_f1": macro_f1, "loss": before["nll"],
-        **{f"top{k}_accuracy": (ranks < k).double().mean().item() for k in (3, 5) if k < count}, **after,
-        **{f"{key}_uncalibrated": value for key, value in before.items()}, "temperature": model.temperature,
-        "parameters": sum(p.numel() for p in model.network.parameters()), **model.speed,
-        "per_class": [{"class": name, "precision": wilson(hit, said), "recall": wilson(hit, there), "f1": f1, "support": there}
-                      for name, hit, there, said, f1 in zip(model.classes, hits, support, answered, f1s)],
-        "coverage": coverage,
-        "confused_pairs": [{"true": model.classes[true], "predicted": model.classes[said], "n": wrong[true, said].item(),
-                            "support": support[true]} for true, said in pairs if wrong[true, said]]}
+def make_predictions(targets: torch.Tensor, uncalibrated: torch.Tensor, calibrated: torch.Tensor) -> Predictions:
+    """Derive the predictions from true classes [N] and log-probabilities [N, C]."""
+    confidence, predicted = calibrated.exp().max(1)
+    count = calibrated.shape[1]
+    confusion = torch.bincount(targets * count + predicted, minlength=count * count).view(count, count)
+    return Predictions(targets, uncalibrated, calibrated, predicted, confidence, predicted == targets, confusion)
 
 
-def wilson(part: int, whole: int) -> Estimate:
-    """The proportion part / whole with Wilson's 95% score interval (Wilson, JASA 1927)."""
-    if not whole:
-        return Estimate(None, None, None)
-    share, scale = part / whole, 1 + Z * Z / whole
-    middle = (share + Z * Z / (2 * whole)) / scale
-    half = Z / scale * math.sqrt(share * (1 - share) / whole + (Z / (2 * whole)) ** 2)
-    return Estimate(share, middle - half if part else 0.0, middle + half if part < whole else 1.0)  # not 1e-18 for 0
+# ---------------------------------------------------------------- statistics
+
+Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95% interval
+RESAMPLES, BINS = 2000, 15
+THRESHOLDS = (0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+MCNEMAR = "McNemar's exact test, two-sided"
+INTERVALS = (
+    "95%: Wilson's score interval for accuracy, precision and recall; for all others, such as F1 and macro F1, the "
+    f"percentiles of a bootstrap with {RESAMPLES} resamples of the n images, which has width 0 where nothing is wrong."
+)
 
 
-def bootstrap_f1(confusion: torch.Tensor) -> list[Estimate]:
-    """F1 of each class and, last, macro F1, with the percentiles of a bootstrap over the images (Efron, 1979).
+class Estimate(NamedTuple):
+    """A number with its 95% interval; all are None if the number is undefined, because its denominator is 0."""
 
-    To draw n images with replacement is a multinomial draw over the cells of the confusion matrix [true, predicted], and that
-    is a binomial draw for one cell after the other out of the images that are left: the time does not depend on n. The
-    first column is no draw, but the matrix itself.
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def cell(self) -> str:
+        """Return the text for a cell of a table."""
+        return "-" if self.value is None else f"{self.value:.4f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def text(self, spec: str) -> str:
+        """Return the text for a sentence, its numbers formatted by `spec`."""
+        return f"{self.value:{spec}} (95% interval {self.low:{spec}} to {self.high:{spec}})"
+
+
+# To add a metric that summarizes a model in one number, such as balanced accuracy, add its key in metrics.json and its
+# label here, and its value to `compute_metrics` below, as an Estimate. It then appears in metrics.json, in the text on
+# stderr, in report.html, and in the table and the picture that compare models. The README explains metrics.json.
+SUMMARY_METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1"}
+CLASS_METRICS = {"precision": "precision", "recall": "recall", "f1": "F1"}  # the same for the metrics of each class
+
+
+def compute_metrics(candidate: Candidate, predictions: Predictions, timing: dict[str, Any]) -> dict[str, Any]:
+    """Return all metrics of a model, by their names in metrics.json; those with an interval are of type Estimate."""
+    classes, targets, confusion = candidate.checkpoint.classes, predictions.targets, predictions.confusion
+    correct, support, predicted = bootstrap_counts(confusion)
+    f1 = 2 * correct / (support + predicted)  # [C, 1 + RESAMPLES]; NaN for a class without true and predicted images
+    counts = (count.tolist() for count in (confusion.diag(), confusion.sum(1), confusion.sum(0)))
+    per_class = []
+    for name, class_f1, num_correct, num_true, num_predicted in zip(classes, f1, *counts):
+        row = {"class": name, "precision": wilson(num_correct, num_predicted), "recall": wilson(num_correct, num_true)}
+        per_class.append({**row, "f1": percentile_estimate(class_f1), "support": num_true})
+    ranks = (predictions.calibrated > predictions.calibrated.gather(1, targets[:, None])).sum(1)
+    uncalibrated = calibration(predictions.uncalibrated, targets)
+    return {
+        "n": len(targets),
+        "accuracy": wilson(predictions.correct.sum().item(), len(targets)),
+        "macro_f1": percentile_estimate(f1.nanmean(0)),
+        "loss": uncalibrated["nll"],  # mean cross entropy in nats, as in the training history
+        **{f"top{k}_accuracy": (ranks < k).double().mean().item() for k in (3, 5) if k < len(classes)},
+        **calibration(predictions.calibrated, targets),
+        **{f"{key}_uncalibrated": value for key, value in uncalibrated.items()},
+        "temperature": candidate.temperature,
+        "parameters": sum(parameter.numel() for parameter in candidate.checkpoint.model.parameters()),
+        **timing,
+        "per_class": per_class,
+        "coverage": coverage(predictions.confidence, predictions.correct),
+        "confused_pairs": confused_pairs(confusion, classes),
+    }
+
+
+def wilson(count: int, total: int) -> Estimate:
+    """Return the proportion count / total with Wilson's 95% score interval (Wilson, JASA 1927)."""
+    if not total:
+        return Estimate()
+    share, scale = count / total, 1 + Z * Z / total
+    middle = (share + Z * Z / (2 * total)) / scale
+    half = Z / scale * math.sqrt(share * (1 - share) / total + (Z / (2 * total)) ** 2)
+    # Exactly 0 and 1 at the ends, without rounding errors.
+    return Estimate(share, middle - half if count else 0.0, middle + half if count < total else 1.0)
+
+
+def bootstrap_counts(confusion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Count the correctly classified, true and predicted images of each class, with a bootstrap (Efron, 1979).
+
+    Returns three float64 [C, 1 + RESAMPLES]: the counts in the confusion matrix [true, predicted], and in resamples.
+    To draw n images with replacement is a multinomial draw over the cells of the matrix. It is made as a binomial draw
+    for one cell after the other, from the images that are left, so that the time does not depend on n.
     """
     generator = torch.Generator().manual_seed(0)
     true, predicted = confusion.nonzero().unbind(1)
@@ -346,212 +440,313 @@ def bootstrap_f1(confusion: torch.Tensor) -> list[Estimate]:
     draws = torch.empty(len(cells), 1 + RESAMPLES, dtype=torch.float64)
     draws[:, 0] = cells
     left = cells.sum().expand(RESAMPLES)
-    for cell, share in enumerate(cells / cells.flip(0).cumsum(0).flip(0)):  # of the cell among itself and those after it
+    shares = cells / cells.flip(0).cumsum(0).flip(0)  # of each cell, among it and those after it
+    for cell, share in enumerate(shares):
         draws[cell, 1:] = torch.binomial(left, share.expand(RESAMPLES), generator)
         left = left - draws[cell, 1:]
-    total, hits = torch.zeros(2, len(confusion), 1 + RESAMPLES, dtype=torch.float64)
-    total.index_add_(0, true, draws).index_add_(0, predicted, draws)
-    hits.index_add_(0, true[true == predicted], draws[true == predicted])
-    f1 = 2 * hits / total  # not a number where a resample has nothing of a class
-    f1 = torch.cat([f1, f1.nanmean(0, keepdim=True)])
-    bounds = f1[:, 1:].nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)
-    return [Estimate(*(None if math.isnan(row[0]) else number for number in row))
-            for row in torch.stack([f1[:, 0], *bounds], 1).tolist()]
+    zeros = torch.zeros(len(confusion), 1 + RESAMPLES, dtype=torch.float64)
+    on_diagonal = true == predicted
+    correct = zeros.index_add(0, true[on_diagonal], draws[on_diagonal])
+    return correct, zeros.index_add(0, true, draws), zeros.index_add(0, predicted, draws)
 
 
-def calibration(scores: torch.Tensor, targets: torch.Tensor) -> dict:
-    """How far log-probabilities [N, C] are to be believed.
+def percentile_estimate(values: torch.Tensor) -> Estimate:
+    """Return the number values[0] with the percentile interval of its bootstrap resamples values[1:] (Efron, 1979)."""
+    if values[0].isnan():
+        return Estimate()
+    bounds = values[1:].nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype))
+    return Estimate(values[0].item(), *bounds.tolist())
 
-    nll: mean negative log-likelihood in nats. ece: expected calibration error, |accuracy - mean probability of the answer| in
-    15 bins of equal width of that probability, weighted by images (Guo et al., ICML 2017); these bins are `reliability`.
-    brier: squared error summed over the classes, 0 to 2 (Brier, 1950).
+
+def calibration(scores: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
+    """Return how well log-probabilities [N, C] agree with the frequency of correct predictions.
+
+    nll is the mean negative log-likelihood in nats. ece is the expected calibration error: |accuracy - mean confidence|
+    in 15 bins of equal width, weighted by their images (Guo et al., ICML 2017); `reliability` has these bins. brier is
+    the squared error summed over the classes, from 0 to 2 (Brier, 1950). mean_probability is the mean confidence.
     """
-    probabilities, own = scores.exp(), scores.gather(1, targets[:, None])[:, 0]
-    claimed, predicted = probabilities.max(1)
-    bins = (claimed * BINS).ceil().long().clamp(1, BINS) - 1
-    sums = [torch.bincount(bins, weights=values.double(), minlength=BINS).tolist()
-            for values in (torch.ones_like(claimed), claimed, predicted == targets)]
-    return {"nll": -own.mean().item(), "ece": sum(abs(right - claim) for _, claim, right in zip(*sums)) / len(targets),
-            "brier": (probabilities.square().sum(1) - 2 * own.exp() + 1).mean().item(),
-            "mean_probability": claimed.mean().item(),
-            "reliability": [{"bin": number, "n": int(n), "probability": claim / n, "accuracy": wilson(right, n)}
-                            for number, (n, claim, right) in enumerate(zip(*sums)) if n]}
+    probabilities, target_scores = scores.exp(), scores.gather(1, targets[:, None])[:, 0]
+    confidence, predicted = probabilities.max(1)
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    counts, confidence_sums, correct = (
+        torch.bincount(bins, weights=values.double(), minlength=BINS).tolist()
+        for values in (torch.ones_like(confidence), confidence, predicted == targets)
+    )
+    return {
+        "nll": -target_scores.mean().item(),
+        "ece": sum(abs(hits - total) for hits, total in zip(correct, confidence_sums)) / len(targets),
+        "brier": (probabilities.square().sum(1) - 2 * target_scores.exp() + 1).mean().item(),
+        "mean_probability": confidence.mean().item(),
+        "reliability": [
+            {"bin": number, "n": int(count), "probability": total / count, "accuracy": wilson(hits, count)}
+            for number, (count, total, hits) in enumerate(zip(counts, confidence_sums, correct))
+            if count
+        ],
+    }
 
 
-def compare(models: list) -> list[dict]:
-    """Every pair of models on the same images: the difference in accuracy, and McNemar's exact test of it (McNemar, 1947).
+def coverage(confidence: torch.Tensor, correct: torch.Tensor) -> list[dict[str, Any]]:
+    """Return for each threshold how many predictions have at least this confidence, and the accuracy of these."""
+    rows = []
+    for threshold in THRESHOLDS:
+        accepted = confidence >= threshold
+        count = accepted.sum().item()
+        accuracy = wilson((accepted & correct).sum().item(), count)
+        rows.append({"threshold": threshold, "n": count, "coverage": count / len(correct), "accuracy": accuracy})
+    return rows
 
-    The interval of the difference is Bonett and Price's (2012) for paired proportions; p_holm is adjusted for the number of
-    pairs (Holm, 1979), and decides.
-    """
-    pairs, highest = [], 0.0
+
+def confused_pairs(confusion: torch.Tensor, classes: list[str], limit: int = 10) -> list[dict[str, Any]]:
+    """Return the most frequent pairs of a true class and another, predicted class, with their number of images."""
+    wrong, support, rows = confusion.clone().fill_diagonal_(0), confusion.sum(1).tolist(), []
+    for cell in wrong.flatten().argsort(descending=True, stable=True)[:limit].tolist():
+        true, predicted = divmod(cell, len(classes))
+        if n := wrong[true, predicted].item():
+            rows.append({"true": classes[true], "predicted": classes[predicted], "n": n, "support": support[true]})
+    return rows
+
+
+def compare_models(models: list[EvaluatedModel]) -> list[dict[str, Any]]:
+    """Compare the accuracies of every pair of models, the better one first, with the keys of metrics.json."""
+    pairs, n = [], models[0].metrics["n"]
     for a, b in combinations(models, 2):
-        only_a, only_b, n = (a.right & ~b.right).sum().item(), (b.right & ~a.right).sum().item(), len(a.right)
-        if only_a < only_b:  # the better one is named first
-            a, b, only_a, only_b = b, a, only_b, only_a
-        more, less = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
-        half = Z * math.sqrt((more + less - (more - less) ** 2) / (n + 2))
-        pairs.append({"a": a.name, "b": b.name, "n": n, "only_a_right": only_a, "only_b_right": only_b, "test": MCNEMAR,
-                      "difference": Estimate((only_a - only_b) / n, more - less - half, more - less + half),
-                      "p": mcnemar(only_a, only_b)})
-    for rank, pair in enumerate(sorted(pairs, key=lambda pair: pair["p"])):
-        pair["p_holm"] = highest = max(highest, min(1.0, (len(pairs) - rank) * pair["p"]))
-        a, b, better, worse = pair["a"], pair["b"], pair["only_a_right"], pair["only_b_right"]
-        value, low, high = (f"{100 * share:.2f}" for share in pair["difference"])
-        points = f"{value} points (95% interval {low} to {high})"
-        verdict = f"{a} is better than {b} by {points}" if highest < 0.05 else f"No evidence that {a} and {b} differ: {points}"
-        holm = f", and {highest:.2g} after Holm's correction for {len(pairs)} pairs" if len(pairs) > 1 else ""
-        pair["words"] = (f"{verdict}. Of the {better + worse:,} images that only one of them gets right, {a} gets {better:,}: "
-                         f"p = {pair['p']:.2g}{holm} ({MCNEMAR}).")
-    return pairs
+        a_correct, b_correct = a.predictions.correct, b.predictions.correct
+        only_a, only_b = (a_correct & ~b_correct).sum().item(), (b_correct & ~a_correct).sum().item()
+        pairs.append((a.name, b.name, only_a, only_b) if only_a >= only_b else (b.name, a.name, only_b, only_a))
+    p_values = [mcnemar(only_a, only_b) for _, _, only_a, only_b in pairs]
+    comparisons = []
+    for (a, b, only_a, only_b), p, p_holm in zip(pairs, p_values, holm(p_values)):
+        comparison = {"a": a, "b": b, "n": n, "only_a_right": only_a, "only_b_right": only_b, "test": MCNEMAR}
+        comparison |= {"difference": paired_difference(only_a, only_b, n), "p": p, "p_holm": p_holm}
+        comparisons.append({**comparison, "words": comparison_sentence(comparison, len(pairs))})
+    return comparisons
 
 
-def mcnemar(b: int, c: int) -> float:
-    """The probability, were two models equally good, that their b + c differing images split at least as unevenly as b to c."""
-    n = b + c
-    return min(1.0, 2 * sum(math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
-                            for k in range(min(b, c) + 1)))
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Return the two-sided p-value of McNemar's exact test for images that only one model gets right (McNemar 1947)."""
+    n, smaller = only_a + only_b, min(only_a, only_b)
+    logs = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(smaller + 1))
+    return min(1.0, 2 * sum(math.exp(log_count - n * math.log(2)) for log_count in logs))
 
 
-# ---------------------------------------------------------------- tables and words
+def paired_difference(only_a: int, only_b: int, n: int) -> Estimate:
+    """Return the difference of two accuracies on the same n images, with a 95% interval (Bonett and Price, 2012)."""
+    more, less = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    half = Z * math.sqrt((more + less - (more - less) ** 2) / (n + 2))
+    return Estimate((only_a - only_b) / n, more - less - half, more - less + half)
 
-def plain(numbers: dict) -> dict:
-    """Numbers as JSON has them, an estimate as <name> and <name>_ci95."""
+
+def holm(p_values: list[float]) -> list[float]:
+    """Return the p-values adjusted for their number (Holm, 1979)."""
+    adjusted, highest = [1.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+# ---------------------------------------------------------------- tables and text
+
+
+@dataclass
+class Section:
+    """A section of the report, which appears as text on stderr, and with its picture in report.html."""
+
+    title: str
+    sentences: Sequence[str]  # each is a paragraph
+    table: Sequence[Sequence[str]] = ()  # rows of cells, the heading first
+    picture: Path | None = None  # a PNG file
+
+
+def to_json(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return metrics as JSON values; an Estimate becomes <name> and <name>_ci95."""
     result = {}
-    for key, value in numbers.items():
+    for key, value in metrics.items():
         if isinstance(value, Estimate):
-            result |= {key: value.value, f"{key}_ci95": None if value.value is None else [value.low, value.high]}
+            result[key] = value.value
+            result[f"{key}_ci95"] = None if value.value is None else [value.low, value.high]
         else:
-            result[key] = [plain(item) for item in value] if isinstance(value, list) else value
+            result[key] = [to_json(item) for item in value] if isinstance(value, list) else value
     return result
 
 
-def write_tables(model: SimpleNamespace, paths: list[str]):
-    """Write per_class.csv, the numbers and then the bounds of their intervals, and predictions.csv, a row per image."""
-    what = ("precision", "recall", "f1")
-    classes = [[row["class"], *(row[key].value for key in what), row["support"],
-                *(bound for key in what for bound in row[key][1:])] for row in model.metrics["per_class"]]
-    bounds = [f"{key}_{side}" for key in what for side in ("low", "high")]
-    columns = (values.tolist() for values in (model.targets, model.predicted, model.probability))
-    images = [[path, model.classes[true], model.classes[said], round(p, 6)] for path, true, said, p in zip(paths, *columns)]
-    for name, heading, rows in (("per_class.csv", ["class", *what, "support", *bounds], classes),
-                                ("predictions.csv", ["path", "true", "predicted", "probability"], images)):
-        with replacing(model.folder / name) as file:
-            csv.writer(file).writerows([heading, *rows])
+def write_tables(folder: Path, model: EvaluatedModel, paths: list[str]) -> None:
+    """Write per_class.csv, with the bounds of the intervals in its last columns, and predictions.csv."""
+    bounds, rows = [f"{key}_{side}" for key in CLASS_METRICS for side in ("low", "high")], []
+    for row in model.metrics["per_class"]:
+        values, lows, highs = zip(*(row[key] for key in CLASS_METRICS))
+        rows.append([row["class"], *values, row["support"], *chain.from_iterable(zip(lows, highs))])
+    write_csv(folder / "per_class.csv", ["class", *CLASS_METRICS, "support", *bounds], rows)
+    classes, predictions, rows = model.checkpoint.classes, model.predictions, []
+    columns = (column.tolist() for column in (predictions.targets, predictions.predicted, predictions.confidence))
+    for path, true, predicted, confidence in zip(paths, *columns):
+        rows.append([path, classes[true], classes[predicted], round(confidence, 6)])
+    write_csv(folder / "predictions.csv", ["path", "true", "predicted", "probability"], rows)
 
 
 def shorten(text: str, length: int = 26) -> str:
+    """Return a printable text of at most `length` characters, shortened in the middle."""
     text = printable(text)
-    return text if len(text) <= length else f"{text[:length // 2 - 1]}...{text[2 - length // 2:]}"
+    return text if len(text) <= length else f"{text[: length // 2 - 1]}...{text[2 - length // 2 :]}"
 
 
-def show(section: Section):
-    """Print a section's table and sentences on stderr."""
-    cells = [[printable(cell) for cell in row] for row in section.table]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    rows = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
-    log("\n".join(["", printable(section.title), *rows, *map(printable, section.sentences)]), stamp=False)
-
-
-def describe(model: SimpleNamespace, paths: list[str], prefix: str) -> list[Section]:
-    """Draw a model's pictures, and tell what its numbers say."""
-    numbers, n, wrong = model.metrics, model.metrics["n"], (~model.right).sum().item()
-    accuracy, low, high = numbers["accuracy"]
-    known = [row for row in numbers["per_class"] if row["support"]]
-    worst = [f"{row['class']} ({row['f1'].value:.3f})" for row in sorted(known, key=lambda row: row["f1"].value)[:3]]
-    claimed, surest = numbers["mean_probability"], numbers["coverage"][-1]
-    verdict = ("that is within the interval of the accuracy" if low <= claimed <= high else
-               f"it is {'too sure' if claimed > accuracy else 'not sure enough'} by {100 * abs(claimed - accuracy):.1f} points")
-    chosen, note = pick_shown(model)
-    rows = [numbers["per_class"][index] for index in chosen]
-    plot_estimates(model.folder / "per_class.png", [f"{shorten(row['class'])} ({row['support']:,})" for row in rows],
-                   {key: [row[key.lower()] for row in rows] for key in ("precision", "recall", "F1")},
-                   f"Each class (its images), with 95% intervals{note}")
-    plot_confusion(model.folder / "confusion_matrix.png", model, chosen, note)
-    plot_reliability(model.folder / "reliability.png", numbers)
-    shown = plot_mistakes(model.folder / "mistakes.png", model, paths)
-    return [
-        Section(f"{prefix}Accuracy", [
-            f"Of {n:,} images {n - wrong:,} are right: {numbers['accuracy']:.2%}.",
-            f"Macro F1 is {numbers['macro_f1']:.4f}; F1 is lowest for {', '.join(worst)}.",
-            *([f"Probabilities are averaged over {len(model.views)} views of each image."] if len(model.views) > 1 else [])],
-            [["class [95% interval]", "precision", "recall", "F1", "images"],
-             *([row["class"], *(str(row[key]) for key in ("precision", "recall", "f1")), f"{row['support']:,}"]
-               for row in numbers["per_class"])], model.folder / "per_class.png"),
-        Section(f"{prefix}Confusions", [
-            f"{pair['n']:,} of {pair['support']:,} images of {pair['true']} are taken for {pair['predicted']}."
-            for pair in numbers["confused_pairs"][:5]], picture=model.folder / "confusion_matrix.png"),
-        Section(f"{prefix}Is a high probability deserved?", [
-            f"On average an answer claims a probability of {claimed:.1%}, and {accuracy:.1%} are right: {verdict}.",
-            *(["The temperature, fitted on val, does not help here: perhaps val is small, or of another kind."]
-              if numbers["nll"] > numbers["nll_uncalibrated"] else []),
-            *([f"{surest['n']:,} answers claim {surest['threshold']:.0%} or more; of these {surest['accuracy']:.2%} are right."]
-              if surest["n"] else [])],
-            [["", "uncalibrated", f"calibrated (temperature {numbers['temperature']:.3f})"],
-             *([label, f"{numbers[f'{key}_uncalibrated']:.4f}", f"{numbers[key]:.4f}"] for label, key in
-               ((f"expected calibration error ({BINS} bins)", "ece"), ("negative log-likelihood (nats)", "nll"),
-                ("Brier score (sum over classes)", "brier"), ("mean probability of the answer", "mean_probability")))],
-            model.folder / "reliability.png"),
-        Section(f"{prefix}How sure to ask it to be", [
-            "predict.py --min-confidence P gives an answer where the probability is at least P."],
-            [["P", "images answered", "share", "accuracy of the answers [95% interval]"],
-             *([f"{row['threshold']:.2f}", f"{row['n']:,}", f"{row['coverage']:.1%}", str(row["accuracy"])]
-               for row in numbers["coverage"])]),
-        Section(f"{prefix}Mistakes", [f"The {shown} most confident of {wrong:,} wrong answers." if shown else "None."],
-                picture=model.folder / "mistakes.png" if shown else None)]
-
-
-def describe_comparison(models: list, comparisons: list[dict], picture: Path) -> list[Section]:
-    """Draw and tell how the models differ; the classes are those of the first."""
-    chosen, note = pick_shown(models[0])
-    names, series = [models[0].classes[index] for index in chosen], {}
+def comparison_section(models: list[EvaluatedModel], comparisons: list[dict], picture: Path) -> Section:
+    """Compare the models by their summary metrics and the F1 of the first model's classes."""
+    chosen, note = most_confused_classes(models[0].predictions.confusion)
+    names = [models[0].checkpoint.classes[index] for index in chosen]
+    labels = list(SUMMARY_METRICS.values())
+    estimates, table = {}, [["model [95% interval]", *labels, "ECE", "parameters", "ms per image"]]
     for model in models:
-        own = {row["class"]: row["f1"] for row in model.metrics["per_class"]}
-        series[model.name] = [model.metrics["accuracy"], model.metrics["macro_f1"],
-                              *(own.get(name, wilson(0, 0)) for name in names)]
-    plot_estimates(picture, ["accuracy", "macro F1", *(f"F1 of {shorten(name)}" for name in names)], series,
-                   f"Models on the same images, with 95% intervals{note}")
-    rows = [[model.name, *(str(model.metrics[key]) for key in ("accuracy", "macro_f1")), f"{model.metrics['ece']:.4f}",
-             f"{model.metrics['parameters']:,}", f"{model.metrics['ms_per_image']:.2f}"] for model in models]
-    return [Section("Comparison", [pair["words"] for pair in comparisons],
-                    [["model [95% interval]", "accuracy", "macro F1", "ECE", "parameters", "ms per image"], *rows], picture)]
+        metrics = model.metrics
+        summary = [metrics[key] for key in SUMMARY_METRICS]
+        f1 = {row["class"]: row["f1"] for row in metrics["per_class"]}
+        estimates[model.name] = [*summary, *(f1.get(name, Estimate()) for name in names)]
+        cells = f"{metrics['ece']:.4f}", f"{metrics['parameters']:,}", f"{metrics['ms_per_image']:.2f}"
+        table.append([model.name, *(estimate.cell() for estimate in summary), *cells])
+    labels += [f"F1 of {shorten(name)}" for name in names]
+    plot_estimates(picture, labels, estimates, f"Models on the same images, with 95% intervals{note}")
+    return Section("Comparison", [comparison["words"] for comparison in comparisons], table, picture)
 
 
-def describe_curves(histories: list, picture: Path) -> list[Section]:
-    """Draw the histories and say of each whether it overfits: the gap between train and val, and whether val's loss rises."""
-    for history in histories:
-        best, last = history.best, history.rows[-1]
-        other = "test" if math.isnan(best["val_acc"]) else "val"
-        gap, loss = best["train_acc"] - best[f"{other}_acc"], f"{other}_loss"
-        what = "last" if other == "test" else "best"
-        words = f"{history.name}: the {what} epoch is {best['epoch']} of {last['epoch']}."
-        if not math.isnan(gap):
-            lowest = min(history.rows, key=lambda row: row[loss])
-            rises = f"rises after epoch {lowest['epoch']}" if last[loss] > 1.02 * lowest[loss] else "does not rise"
-            verdict = "no sign of overfitting there" if gap < 0.01 else "it overfits a little" if gap < 0.05 else "it overfits"
-            words += (f" Accuracy is {best['train_acc']:.2%} on train and {best[f'{other}_acc']:.2%} on {other}, a gap of "
-                      f"{100 * gap:.2f} points: {verdict}; the loss on {other} {rises}.")
-        numbers = {"gap": gap, **{f"{split}_acc": best[f"{split}_acc"] for split in SPLITS}}
-        history.findings = {"history": str(history.path), "epochs": last["epoch"], "best_epoch": best["epoch"], "words": words,
-                            **{key: None if math.isnan(value) else value for key, value in numbers.items()}}
-    plot_curves(picture, histories)
-    return [Section("Does it overfit?", [history.findings["words"] for history in histories], picture=picture)]
+def comparison_sentence(comparison: dict[str, Any], num_pairs: int) -> str:
+    """Return which of two models is better, if any; `num_pairs` is the number of pairs that are compared."""
+    a, b, only_a, only_b, p_holm = (comparison[key] for key in ("a", "b", "only_a_right", "only_b_right", "p_holm"))
+    value, low, high = (f"{100 * share:.2f}" for share in comparison["difference"])
+    verdict = f"{a} is better than {b}" if p_holm < 0.05 else f"No evidence that {a} and {b} differ"
+    holm = f", and {p_holm:.2g} after Holm's correction for {num_pairs} pairs" if num_pairs > 1 else ""
+    return (
+        f"{verdict}: the observed difference in accuracy is {value} points (95% interval {low} to {high}). Only one of "
+        f"them is right on {only_a + only_b:,} images, {a} on {only_a:,} of these: p = {comparison['p']:.2g}{holm} "
+        f"({MCNEMAR})."
+    )
 
 
-def describe_making(models: list, metrics: dict) -> Section:
-    """All that is needed to make the report again."""
-    def listing(values: dict) -> str:
+def report_sections(
+    models: list[EvaluatedModel], comparisons: list[dict], histories: list[History], images: Images, folder: Path
+) -> list[Section]:
+    """Return the sections of the report, except the last, and draw their pictures into its folder."""
+    sections = [Section("Notes", images.notes)] if images.notes else []
+    if comparisons:
+        sections.append(comparison_section(models, comparisons, folder / "comparison.png"))
+    for model in models:
+        for section in model_sections(model, images.paths, folder / model.subfolder):
+            sections.append(replace(section, title=f"{model.name}: {section.title}") if comparisons else section)
+    if histories:
+        plot_curves(folder / "curves.png", histories)
+        sentences = [summarize_history(history)["words"] for history in histories]
+        sections.append(Section("Training curves and overfitting", sentences, picture=folder / "curves.png"))
+    return sections
+
+
+def model_sections(model: EvaluatedModel, paths: list[str], folder: Path) -> list[Section]:
+    """Return the sections of a model, and draw their pictures into its folder."""
+    metrics, predictions = model.metrics, model.predictions
+    pairs = "{n:,} of {support:,} images of {true} are classified as {predicted}."
+    confusions = [pairs.format(**pair) for pair in metrics["confused_pairs"][:5]]
+    plot_confusion(folder / "confusion_matrix.png", predictions.confusion, model.checkpoint.classes)
+    coverage_table = [["P", "images", "coverage", "accuracy [95% interval]"]]
+    for row in metrics["coverage"]:
+        cells = "{threshold:.2f}", "{n:,}", "{coverage:.1%}"
+        coverage_table.append([*(cell.format(**row) for cell in cells), row["accuracy"].cell()])
+    coverage_sentence = "With --min-confidence P, predict.py names a class where the confidence is at least P."
+    wrong = (~predictions.correct).nonzero()[:, 0]
+    shown = wrong[predictions.confidence[wrong].argsort(descending=True)[:20]].tolist()
+    if shown:
+        plot_mistakes(folder / "mistakes.png", model, paths, shown)
+    mistakes = f"The {len(shown)} most confident of {len(wrong):,} mistakes." if shown else "There are none."
+    return [
+        accuracy_section(model, folder / "per_class.png"),
+        Section("Most frequent confusions", confusions, picture=folder / "confusion_matrix.png"),
+        calibration_section(metrics, folder / "reliability.png"),
+        Section("Confidence thresholds", [coverage_sentence], coverage_table),
+        Section("Mistakes", [mistakes], picture=folder / "mistakes.png" if shown else None),
+    ]
+
+
+def accuracy_section(model: EvaluatedModel, picture: Path) -> Section:
+    """Report the summary metrics, and precision, recall and F1 of each class."""
+    per_class = model.metrics["per_class"]
+    chosen, note = most_confused_classes(model.predictions.confusion)
+    shown = [per_class[index] for index in chosen]
+    labels = [f"{shorten(row['class'])} ({row['support']:,})" for row in shown]
+    estimates = {label: [row[key] for row in shown] for key, label in CLASS_METRICS.items()}
+    plot_estimates(picture, labels, estimates, f"Metrics by class (number of images), with 95% intervals{note}")
+    present = sorted((row for row in per_class if row["support"]), key=lambda row: row["f1"].value)
+    lowest = [f"{row['class']} ({row['f1'].value:.3f})" for row in present[:3]]
+    sentences = [
+        f"{model.predictions.correct.sum():,} of {model.metrics['n']:,} images are classified correctly.",
+        *(f"The {label} is {model.metrics[key].text('.4f')}." for key, label in SUMMARY_METRICS.items()),
+        f"F1 is lowest for {', '.join(lowest)}.",
+    ]
+    if len(model.views) > 1:
+        sentences.append(f"Probabilities are averaged over {len(model.views)} views of each image.")
+    table = [["class [95% interval]", *CLASS_METRICS.values(), "images"]]
+    for row in per_class:
+        table.append([row["class"], *(row[key].cell() for key in CLASS_METRICS), f"{row['support']:,}"])
+    return Section("Accuracy", sentences, table, picture)
+
+
+def calibration_section(metrics: dict[str, Any], picture: Path) -> Section:
+    """Report whether the confidence, the probability of the predicted class, agrees with the accuracy."""
+    plot_reliability(picture, metrics)
+    accuracy, low, high = metrics["accuracy"]
+    confidence, highest = metrics["mean_probability"], metrics["coverage"][-1]
+    bias = f"{'over' if confidence > accuracy else 'under'}confident by {100 * abs(confidence - accuracy):.1f} points"
+    verdict = "the mean is within the interval of the accuracy" if low <= confidence <= high else f"the model is {bias}"
+    mean = f"The mean confidence (probability of the predicted class) is {confidence:.1%}, the accuracy {accuracy:.1%}"
+    sentences = [f"{mean}: {verdict}."]
+    if metrics["nll"] > metrics["nll_uncalibrated"]:
+        sentences.append(
+            "The temperature, fitted on val, makes the probabilities worse here: val may be small or different."
+        )
+    if highest["n"]:
+        claim = f"{highest['n']:,} predictions have a confidence of {highest['threshold']:.0%} or more"
+        sentences.append(f"{claim}; {highest['accuracy'].text('.2%')} of them are correct.")
+    table = [["", "uncalibrated", f"calibrated (temperature {metrics['temperature']:.3f})"]]
+    labels = {"ece": f"expected calibration error ({BINS} bins)", "nll": "negative log-likelihood (nats)"}
+    labels |= {"brier": "Brier score (sum over classes)", "mean_probability": "mean confidence"}
+    for key, label in labels.items():
+        table.append([label, f"{metrics[f'{key}_uncalibrated']:.4f}", f"{metrics[key]:.4f}"])
+    return Section("Calibration", sentences, table, picture)
+
+
+def summarize_history(history: History) -> dict[str, Any]:
+    """Return the accuracies of the best epoch and a sentence on overfitting, with their keys in metrics.json."""
+    best, last = history.best, history.rows[-1]
+    kind, other = ("last", "test") if math.isnan(best["val_acc"]) else ("best", "val")
+    gap, loss = best["train_acc"] - best[f"{other}_acc"], f"{other}_loss"
+    words = f"{history.name}: the {kind} epoch is {best['epoch']} of {last['epoch']}."
+    if not math.isnan(gap):
+        verdict = "no sign of overfitting" if gap < 0.01 else "it overfits slightly" if gap < 0.05 else "it overfits"
+        lowest = min(history.rows, key=lambda row: row[loss])
+        rises = f"rises after epoch {lowest['epoch']}" if last[loss] > 1.02 * lowest[loss] else "does not rise"
+        words += (
+            f" Accuracy is {best['train_acc']:.2%} on train and {best[f'{other}_acc']:.2%} on {other}, a gap of "
+            f"{100 * gap:.2f} points: {verdict}; the loss on {other} {rises}."
+        )
+    numbers = {"gap": gap, **{f"{split}_acc": best[f"{split}_acc"] for split in SPLITS}}
+    known = {key: None if math.isnan(value) else value for key, value in numbers.items()}
+    return {"history": str(history.path), "epochs": last["epoch"], "best_epoch": best["epoch"], "words": words, **known}
+
+
+def origin_section(models: list[EvaluatedModel], content: dict[str, Any]) -> Section:
+    """Return what is needed to make the report again; `content` is that of metrics.json."""
+
+    def join(values: dict) -> str:
         return ", ".join(f"{key} {value}" for key, value in values.items())
 
-    rows = [["command", metrics["command"]], ["with", listing(metrics["versions"])], ["intervals", metrics["intervals"]],
-            ["data", f"{metrics['n']:,} images; SHA-256 of the lines <class>/<SHA-256 of the image>: {metrics['data_sha256']}"]]
+    data = f"{content['n']:,} images; SHA-256 of the lines <class>/<SHA-256 of the image>: {content['data_sha256']}"
+    table = [["", ""], ["command", content["command"]], ["versions", join(content["versions"])]]
+    table += [["intervals", content["intervals"]], ["data", data]]
     for model in models:
-        content = model.checkpoint
-        rows += [["checkpoint", f"{model.path}: {content['arch']}, {listing(content['preprocessing'])}"],
-                 ["its training", f"{listing(content.get('args', {}))}; with {listing(content.get('versions', {}))}"],
-                 ["its time", f"{model.metrics['ms_per_image']:.2f} ms per image: {model.metrics['timing']}"]]
-    return Section("How this was made", [], [["", ""], *rows])
+        checkpoint, speed = model.checkpoint, f"{model.metrics['ms_per_image']:.2f} ms per image"
+        table.append(["checkpoint", f"{model.path}: {checkpoint.arch}, {join(checkpoint.preprocessing)}"])
+        table.append(["its training", f"{join(checkpoint.args)}; with {join(checkpoint.versions)}"])
+        table.append(["its time", f"{speed}, {model.metrics['timing']}"])
+    return Section("How this report was made", [], table)
 
+
+# ---------------------------------------------------------------- report page
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -560,16 +755,16 @@ PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title>
 <style>
-:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }}
+:root {{ color-scheme: light dark; overflow-wrap: anywhere }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem }}
 h2 {{ margin: 2.5rem 0 .5rem; border-top: 1px solid #8886; padding-top: 1rem }}
+p {{ margin: .4rem 0 }}
 div {{ overflow-x: auto; margin: 1rem 0 }}
+img {{ display: block; max-width: max(100%, 38rem); background: white; border-radius: 6px }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #8884 }}
 th:first-child, td:first-child {{ text-align: left; padding-left: 0; vertical-align: top }}
 section:last-child td + td {{ text-align: left; white-space: normal }}
-p {{ margin: .4rem 0 }}
-img {{ display: block; max-width: max(100%, 38rem); background: white; border-radius: 6px }}
 </style>
 <h1>{title}</h1>
 {body}
@@ -577,8 +772,17 @@ img {{ display: block; max-width: max(100%, 38rem); background: white; border-ra
 """
 
 
-def write_report(path: Path, title: str, sections: list[Section]):
-    """One page with all sections, which loads nothing: pictures are embedded, and every text is escaped."""
+def log_section(section: Section) -> None:
+    """Print a section's table and sentences on stderr."""
+    table = [[printable(cell) for cell in row] for row in section.table]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    rows = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+    log("\n".join(["", printable(section.title), *rows, *map(printable, section.sentences)]), stamp=False)
+
+
+def write_report(path: Path, title: str, sections: list[Section]) -> None:
+    """Write all sections as one page that needs no other file: pictures are embedded, and all texts are escaped."""
+
     def tag(name: str, text: str) -> str:
         return f"<{name}>{html.escape(printable(text))}</{name}>"
 
@@ -586,142 +790,141 @@ def write_report(path: Path, title: str, sections: list[Section]):
     for section in sections:
         body += ["<section>", tag("h2", section.title), *(tag("p", sentence) for sentence in section.sentences)]
         if section.table:
-            rows = ["".join(tag("td" if number else "th", cell) for cell in row) for number, row in enumerate(section.table)]
-            body += ["<div><table>", *(f"<tr>{row}</tr>" for row in rows), "</table></div>"]
+            rows = [[tag("td" if number else "th", cell) for cell in row] for number, row in enumerate(section.table)]
+            body += ["<div><table>", *(f"<tr>{''.join(row)}</tr>" for row in rows), "</table></div>"]
         if section.picture:
-            data = base64.b64encode(section.picture.read_bytes()).decode()
-            body.append(f'<div><img alt="{html.escape(printable(section.title))}" src="data:image/png;base64,{data}"></div>')
+            data, alt = base64.b64encode(section.picture.read_bytes()).decode(), html.escape(printable(section.title))
+            body.append(f'<div><img alt="{alt}" src="data:image/png;base64,{data}"></div>')
         body.append("</section>")
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(PAGE.format(title=html.escape(printable(title)), body="\n".join(body)))
 
 
 # ---------------------------------------------------------------- pictures
 
-@contextlib.contextmanager
-def drawing(path: Path, width: float, height: float):
-    """A matplotlib figure of width x height inches, drawn without a display and saved as a PNG when the block ends."""
-    matplotlib.rcParams["text.parse_math"] = False  # a $ in a class name is a $
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout="constrained")
-    yield figure
-    with replacing(path, "wb") as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # letters that the font lacks are boxes, and no noise
-        figure.savefig(file, format="png", dpi=120)
+MAX_CLASSES = 40  # in a picture
+MARKERS = "os^Dvp*"
 
 
-def pick_shown(model: SimpleNamespace) -> tuple[list[int], str]:
-    """The classes to show in a picture, in order, and what to add to its title if they are not all."""
-    mistakes = model.confusion.sum(0) + model.confusion.sum(1) - 2 * model.confusion.diag()
-    note = f"\nthe {SHOWN} of {len(mistakes)} classes with most mistakes" if len(mistakes) > SHOWN else ""
-    return sorted(mistakes.argsort(descending=True, stable=True)[:SHOWN].tolist()), note
+def most_confused_classes(confusion: torch.Tensor) -> tuple[list[int], str]:
+    """Return the classes to show in a picture, in order, and a note for its title if these are not all classes."""
+    mistakes = confusion.sum(0) + confusion.sum(1) - 2 * confusion.diag()
+    chosen = sorted(mistakes.argsort(descending=True, stable=True)[:MAX_CLASSES].tolist())
+    note = f"\nthe {MAX_CLASSES} of {len(mistakes)} classes with the most mistakes"
+    return chosen, note if len(mistakes) > MAX_CLASSES else ""
 
 
-def plot_estimates(path: Path, labels: list[str], series: dict[str, list[Estimate]], title: str):
-    """Estimates with their intervals: a row for each label, in it a colour and marker for each of the series."""
-    with drawing(path, 9, 1.6 + (0.14 + 0.1 * len(series)) * len(labels)) as figure:
-        axes = figure.subplots()
-        for number, (name, estimates) in enumerate(series.items()):
-            shift = 0.7 * ((number + 0.5) / len(series) - 0.5)
-            known = [(at + shift, *estimate) for at, estimate in enumerate(estimates) if estimate.value is not None]
-            at, values, lows, highs = zip(*known) if known else ((),) * 4
-            colour = COLOURS[number % len(COLOURS)]
-            axes.plot(values, at, MARKERS[number % len(MARKERS)], markersize=4.5, color=colour, label=shorten(name))
-            axes.hlines(at, lows, highs, linewidth=1.2, color=colour)
-        axes.set(title=title, xlabel="share", ylim=(len(labels) - 0.5, -0.5))
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set_yticks([at + 0.5 for at in range(len(labels) - 1)], minor=True)
-        axes.tick_params(axis="y", which="minor", length=0)
-        axes.grid(axis="x", alpha=0.25)
-        axes.grid(axis="y", which="minor", alpha=0.25)
-        figure.legend(loc="outside lower center", ncols=4)
+def plot_estimates(path: Path, labels: list[str], series: dict[str, list[Estimate]], title: str) -> None:
+    """Draw estimates with their intervals: a row for each label, and in it a color and marker for each series."""
+    figure = new_figure(9, 1.6 + (0.14 + 0.1 * len(series)) * len(labels))
+    axes = figure.subplots()
+    for number, (name, estimates) in enumerate(series.items()):
+        shift = 0.7 * ((number + 0.5) / len(series) - 0.5)
+        points = [(row + shift, *estimate) for row, estimate in enumerate(estimates) if estimate.value is not None]
+        rows, values, lows, highs = zip(*points) if points else ((), (), (), ())
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        axes.plot(values, rows, marker, markersize=4.5, color=color, label=shorten(name))
+        axes.hlines(rows, lows, highs, linewidth=1.2, color=color)
+    axes.set(title=title, xlabel="value", ylim=(len(labels) - 0.5, -0.5))
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks([row + 0.5 for row in range(len(labels) - 1)], minor=True)
+    axes.tick_params(axis="y", which="minor", length=0)
+    axes.grid(axis="x", alpha=0.25)
+    axes.grid(axis="y", which="minor", alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=4)
+    save_figure(path, figure)
 
 
-def plot_confusion(path: Path, model: SimpleNamespace, chosen: list[int], note: str):
-    """The confusion matrix [true, predicted] of the chosen classes: counts, coloured by the share of the true class."""
-    counts = model.confusion[chosen][:, chosen].tolist()
-    shares = (model.confusion / model.confusion.sum(1, keepdim=True).clamp(min=1))[chosen][:, chosen].tolist()
+def plot_confusion(path: Path, confusion: torch.Tensor, classes: list[str]) -> None:
+    """Draw a confusion matrix [true, predicted]: numbers of images, colored by their share of the true class."""
+    chosen, note = most_confused_classes(confusion)
+    counts = confusion[chosen][:, chosen].tolist()
+    shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1))[chosen][:, chosen].tolist()
     side = 3.5 + 0.45 * len(chosen)
-    with drawing(path, side + 1, side) as figure:
-        axes = figure.subplots()
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        labels = [shorten(model.classes[index]) for index in chosen]
-        axes.set_xticks(range(len(chosen)), labels, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(chosen)), labels)
-        axes.set(title=f"Images by true and predicted class{note}", xlabel="predicted", ylabel="true")
-        for row, numbers in enumerate(counts):
-            for column, number in enumerate(numbers):
-                if number:
-                    axes.text(column, row, number, ha="center", va="center", fontsize=9,
-                              color="white" if shares[row][column] > 0.5 else "black")
-        figure.colorbar(image, label="share of the true class", shrink=0.8)
+    figure = new_figure(side + 1, side)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    labels = [shorten(classes[index]) for index in chosen]
+    axes.set_xticks(range(len(chosen)), labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(chosen)), labels)
+    axes.set(title=f"Confusion matrix: number of images{note}", xlabel="predicted class", ylabel="true class")
+    for row, numbers in enumerate(counts):
+        for column, number in enumerate(numbers):
+            if number:
+                color = "white" if shares[row][column] > 0.5 else "black"
+                axes.text(column, row, number, ha="center", va="center", fontsize=9, color=color)
+    figure.colorbar(image, label="share of the true class", shrink=0.8)
+    save_figure(path, figure)
 
 
-def plot_reliability(path: Path, numbers: dict):
-    """Accuracy against the probability claimed, before and after calibration, and how many images claim it."""
-    with drawing(path, 7, 6.5) as figure:
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="as right as claimed")
-        for side, (suffix, colour, marker) in enumerate(zip(("_uncalibrated", ""), COLOURS[1::-1], "so")):
-            bins = numbers[f"reliability{suffix}"]
-            claimed, counts = [row["probability"] for row in bins], [row["n"] for row in bins]
-            accuracy, lows, highs = zip(*(row["accuracy"] for row in bins))
-            upper.plot(claimed, accuracy, marker=marker, markersize=4.5, linewidth=1.2, color=colour,
-                       label=f"{suffix[1:] or 'calibrated'}: ECE {numbers[f'ece{suffix}']:.4f}")
-            upper.vlines(claimed, lows, highs, linewidth=1.2, color=colour)
-            lower.bar([(row["bin"] + 0.3 + 0.4 * side) / BINS for row in bins], counts, 0.4 / BINS, color=colour)
-        upper.set(title=f"Is a high probability deserved? {BINS} bins, with 95% intervals", ylabel="accuracy",
-                  xlim=(-0.01, 1.01), ylim=(-0.02, 1.03))
-        figure.legend(loc="outside lower center", ncols=3)
-        upper.grid(alpha=0.25)
-        lower.set(xlabel="probability of the answer", ylabel="images", yscale="log")
-        lower.set_ylim(bottom=0.7)  # a bar of one image is seen
-        lower.yaxis.set_major_formatter("{x:,.0f}")
-        lower.yaxis.set_minor_formatter("")
+def plot_reliability(path: Path, metrics: dict[str, Any]) -> None:
+    """Draw accuracy against confidence, before and after calibration, and the number of images per bin."""
+    figure = new_figure(7, 6.5)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfect calibration")
+    for side, (suffix, color, marker) in enumerate((("_uncalibrated", COLORS[1], "s"), ("", COLORS[0], "o"))):
+        bins = metrics[f"reliability{suffix}"]
+        confidence = [row["probability"] for row in bins]
+        accuracy, lows, highs = zip(*(row["accuracy"] for row in bins))
+        label = f"{suffix[1:] or 'calibrated'}: ECE {metrics[f'ece{suffix}']:.4f}"
+        upper.plot(confidence, accuracy, marker=marker, markersize=4.5, linewidth=1.2, color=color, label=label)
+        upper.vlines(confidence, lows, highs, linewidth=1.2, color=color)
+        places = [(row["bin"] + 0.3 + 0.4 * side) / BINS for row in bins]
+        lower.bar(places, [row["n"] for row in bins], 0.4 / BINS, color=color)
+    title = f"Reliability diagram: {BINS} bins, with 95% intervals"
+    upper.set(title=title, ylabel="accuracy", xlim=(-0.01, 1.01), ylim=(-0.02, 1.03))
+    figure.legend(loc="outside lower center", ncols=3)
+    upper.grid(alpha=0.25)
+    lower.set(xlabel="confidence (probability of the predicted class)", ylabel="images", yscale="log")
+    lower.set_ylim(bottom=0.7)  # so that the bar of a single image is visible
+    lower.yaxis.set_major_formatter("{x:,.0f}")
+    lower.yaxis.set_minor_formatter("")
+    save_figure(path, figure)
 
 
-def plot_mistakes(path: Path, model: SimpleNamespace, paths: list[str], columns: int = 5, rows: int = 4) -> int:
-    """The most confident wrong answers, with true and predicted class; returns how many."""
-    wrong = (~model.right).nonzero()[:, 0]
-    order = wrong[model.probability[wrong].argsort(descending=True)[:columns * rows]].tolist()
-    if not order:
-        return 0
-    rows = math.ceil(len(order) / columns)
-    with drawing(path, 2.3 * columns, 2.95 * rows) as figure:
-        cells = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes in cells:
-            axes.set_axis_off()
-        for axes, at in zip(cells, order):
-            image = read_image(paths[at])
-            image.thumbnail((360, 360))
-            axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
-            said, true = (shorten(model.classes[index[at]], 24) for index in (model.predicted, model.targets))
-            axes.set_title(f"{shorten(Path(paths[at]).name)}\nsays {said} {model.probability[at]:.2%}\nis {true}", fontsize=8.5)
-    return len(order)
+def plot_mistakes(path: Path, model: EvaluatedModel, paths: list[str], shown: list[int]) -> None:
+    """Draw the images with these numbers, each with its file name, predicted class, confidence and true class."""
+    columns, classes, predictions = 5, model.checkpoint.classes, model.predictions
+    rows = math.ceil(len(shown) / columns)
+    figure = new_figure(2.3 * columns, 3.1 * rows)
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in cells:
+        axes.set_axis_off()
+    for axes, number in zip(cells, shown):
+        image = read_image(paths[number])
+        image.thumbnail((360, 360))
+        axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
+        name = shorten(Path(paths[number]).name)
+        predicted, true = (
+            shorten(classes[index[number]], 24) for index in (predictions.predicted, predictions.targets)
+        )
+        confidence = f"{predictions.confidence[number]:.2%}"
+        axes.set_title(f"{name}\npredicted: {predicted}\nconfidence: {confidence}\ntrue: {true}", fontsize=8.5)
+    save_figure(path, figure)
 
 
-def plot_curves(path: Path, histories: list):
-    """Loss and accuracy over the epochs, with a dot at the best: a colour per split, or per run where there are several."""
+def plot_curves(path: Path, histories: list[History]) -> None:
+    """Draw loss and accuracy over the epochs. Colors distinguish the splits, or the runs if there are several."""
     several = len(histories) > 1
-    lines = math.ceil(3 * len(histories) / 2) + several  # of the legend
-    with drawing(path, 11, 4.6 + 0.2 * lines) as figure:
-        for axes, what, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("Cross entropy (nats)", "Accuracy")):
-            for history in histories:
-                epochs, at = [row["epoch"] for row in history.rows], history.rows.index(history.best)
-                for number, (split, line) in enumerate(zip(SPLITS, (":", "-", "--"))):
-                    values = [row[f"{split}_{what}"] for row in history.rows]
-                    if not all(map(math.isnan, values)):
-                        label = (f"{shorten(history.name)}, " if several else "") + f"{split} {values[at]:.4f}"
-                        axes.plot(epochs, values, line, marker="o", markevery=[at], linewidth=1.6, label=label,
-                                  color=COLOURS[(history.number if several else number) % len(COLOURS)])
-                if not several:
-                    axes.axvline(history.best["epoch"], color="0.6", linestyle="--", linewidth=1, zorder=0,
-                                 label=f"best epoch: {history.best['epoch']}")
-            axes.set(title=title, xlabel="epoch")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(alpha=0.25)
-            axes.legend(fontsize=8, title="dot: best epoch" if several else None, ncols=2, loc="upper center",
-                        bbox_to_anchor=(0.5, -0.13), title_fontsize=8)
+    figure = new_figure(11, 4.6 + 0.2 * (math.ceil(3 * len(histories) / 2) + several))  # with room for the legend
+    for axes, quantity, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("Cross entropy (nats)", "Accuracy")):
+        for history in histories:
+            epochs, best = [row["epoch"] for row in history.rows], history.rows.index(history.best)
+            prefix, colors = (f"{shorten(history.name)}, ", [history.color] * 3) if several else ("", COLORS)
+            for split, style, color in zip(SPLITS, (":", "-", "--"), colors):
+                values = [row[f"{split}_{quantity}"] for row in history.rows]
+                if not all(map(math.isnan, values)):
+                    look = {"color": color, "label": f"{prefix}{split} {values[best]:.4f}"}
+                    axes.plot(epochs, values, style, marker="o", markevery=[best], linewidth=1.6, **look)
+            if not several:
+                label = f"best epoch: {history.best['epoch']}"
+                axes.axvline(history.best["epoch"], color="0.6", linestyle="--", linewidth=1, zorder=0, label=label)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+        title = "dot: best epoch" if several else None
+        axes.legend(title=title, fontsize=8, title_fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    save_figure(path, figure)
 
 
 if __name__ == "__main__":

@@ -1,432 +1,488 @@
-"""Classify images, one record each on stdout in input order, or map a large scene; with pictures if asked for.
+"""Classify images and print a record for each, in input order, or map a large scene.
 
-Takes files, folders (searched recursively) and - for paths on stdin. A terminal gets a table, a pipe CSV. Records come as
-soon as stdin has nothing more to give, so it can follow a slow producer. An image that cannot be read gives a record with the
-reason, the rest goes on, and the exit code is 3. The probabilities are calibrated by the temperature in the checkpoint.
+IMAGE is a file, a folder (searched with its subfolders), or - for paths on stdin. Each record is printed before the
+next wait for stdin. An image that cannot be read gets a record with the reason, the others are classified, and the exit
+code is 3. Probabilities are calibrated with the temperature in the checkpoint.
 
 --scene cuts one large image into tiles and writes DIR/map.png, map.csv, map.json, and map.pgw if it has a world file.
 """
+
 from __future__ import annotations
 
+import argparse
 import colorsys
 import contextlib
-import csv
-import functools
 import json
 import math
 import os
 import sys
-import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 
-from common import (EXIT_SOME_UNREADABLE, TTA_HELP, FrozenModel, ImageError, LazyModule, Progress, UserError,
-                    add_hardware_options, checkpoint_precision, checkpoint_views, command, find_images, fraction, log,
-                    make_parser, pick_device, positive_int, printable, read_batches, read_checkpoint, read_image, replacing,
-                    torch)
+from common import EXIT_SOME_UNREADABLE, TTA_HELP, InferenceModel, LazyModule, Progress, UserError, View
+from common import add_hardware_options, atomic_write, checkpoint_precision, checkpoint_views, command, csv_writer
+from common import find_images, fraction, log, make_parser, new_figure, pick_device, positive_int, printable
+from common import read_batches, read_checkpoint, read_image, save_figure, write_csv
 
-matplotlib = LazyModule("matplotlib")
-PLOT_COLUMNS, PLOT_ROWS, PLOT_BARS = 3, 6, 5
-UNKNOWN = "unknown"  # the answer below --min-confidence
-SCENE_PIXELS = 400_000_000  # 20,000 x 20,000; a pixel takes 4 bytes of memory, and 4 more where it is not RGB to begin with
-MAP_SIDE, LEGEND_ROWS, TINT = 4096, 30, 0.6  # longest side of map.png in pixels, classes listed, opacity of their colours
-WORLD_FILES = (".pgw", ".jgw", ".tfw", ".wld")
-# Found by search for the largest smallest distance (OKLab, tinted over grey), to unknown's grey too, as seen with normal and
-# with red- or green-blind eyes (Machado et al., 2009). For EuroSAT's classes the order is a natural one.
-COLOURS = ("ccff00", "00cc00", "ffcc99", "660000", "990099", "00ffff", "ff66ff", "ff0000", "0000ff", "000066")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+# ---------------------------------------------------------------- command line
+
+UNKNOWN = "unknown"  # the class of an image below --min-confidence
+PAGE_COLUMNS, PAGE_ROWS, BARS = 3, 6, 5  # pictures on a page of --plot, and classes shown for each
+MAX_SCENE_PIXELS = 400_000_000  # a pixel takes 4 bytes of memory, and 4 more if the file is not RGB
 
 
-def parse_args(argv):
-    parser = make_parser("predict.py", __doc__,
-                         "python predict.py --checkpoint runs/eurosat/model.pt photo.jpg tiles/ --top-k 3")
-    group = parser.add_argument_group("input")
-    group.add_argument("images", nargs="*", metavar="IMAGE", help="an image file, a folder of images, or - for paths on stdin")
-    group.add_argument("-0", "--null", action="store_true", help="paths on stdin end in NUL, as after find -print0; implies -")
-    group.add_argument("--checkpoint", type=Path, required=True, help="the model.pt that train.py wrote")
-    group.add_argument("--tta", action="store_true", help=TTA_HELP)
-    group = parser.add_argument_group("output")
-    group.add_argument("--top-k", type=positive_int, default=1, help="report this many classes, the most probable first")
-    group.add_argument("--min-confidence", type=fraction, default=0.0, metavar="P",
-                       help=f"answer {UNKNOWN} where no class has this probability, with the most probable one next in "
-                            "--top-k; evaluate.py's report helps to choose it")
-    group.add_argument("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
-    group.add_argument("--plot", type=Path, metavar="FILE.png",
-                       help=f"show each image with its {PLOT_BARS} most probable classes; beyond {PLOT_COLUMNS * PLOT_ROWS} "
-                            "images, further pages are FILE-2.png, FILE-3.png, ...")
-    group.add_argument("--explain", action="store_true",
-                       help="in --plot, also show where in each image lies what spoke for its class (convolutional networks)")
-    group = parser.add_argument_group("map of a large scene")
-    group.add_argument("--scene", type=Path, metavar="IMAGE", help=f"a scene of up to {SCENE_PIXELS // 10 ** 6} million pixels")
-    group.add_argument("--tile", type=positive_int, metavar="PIXELS", help="side of a tile (default: 64)")
-    group.add_argument("--stride", type=positive_int, metavar="PIXELS",
-                       help="from tile to tile, and the side of a cell of the map; less than --tile overlaps (default: --tile)")
-    group.add_argument("--out", type=Path, metavar="DIR", help="folder for the map")
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line, check which options go together, and fill in the defaults that depend on others."""
+    example = "python predict.py --checkpoint runs/eurosat/model.pt photo.jpg tiles/ --top-k 3"
+    parser = make_parser("predict.py", __doc__, example)
+    add = parser.add_argument_group("input").add_argument
+    add("images", nargs="*", metavar="IMAGE", help="an image file, a folder of images, or - for paths on stdin")
+    add("-0", "--null", action="store_true", help="paths on stdin end with NUL, as from find -print0; implies -")
+    add("--checkpoint", type=Path, required=True, help="the model.pt that train.py wrote")
+    add("--tta", action="store_true", help=TTA_HELP)
+    add = parser.add_argument_group("output").add_argument
+    add("--top-k", type=positive_int, default=1, help="report this many classes, the most probable first")
+    add("--min-confidence", type=fraction, default=0.0, metavar="P", help=f"answer {UNKNOWN} below this probability")
+    add("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
+    plot_help = f"draw images with their {BARS} best classes, {PAGE_COLUMNS * PAGE_ROWS} per page: FILE.png, FILE-2.png"
+    add("--plot", type=Path, metavar="FILE.png", help=plot_help)
+    add("--explain", action="store_true", help="in --plot, also show what supports each class (convolutional networks)")
+    add = parser.add_argument_group("map of a large scene").add_argument
+    add("--scene", type=Path, metavar="IMAGE", help=f"an image of at most {MAX_SCENE_PIXELS // 10**6} million pixels")
+    add("--tile", type=positive_int, metavar="PIXELS", help="side of a tile (default: 64)")
+    add("--stride", type=positive_int, metavar="PIXELS", help="step between tiles, side of a cell (default: --tile)")
+    add("--out", type=Path, metavar="DIR", help="folder for the map")
     add_hardware_options(parser)
     args = parser.parse_args(argv)
     if args.null and "-" not in args.images:
         args.images.append("-")
     if not args.images and not args.scene:
-        parser.error("give images, folders, - for paths on stdin, or --scene")
+        parser.error("nothing to classify: give images, folders, - for paths on stdin, or --scene")
     if args.scene:
         if args.images or args.plot or args.explain or args.format or args.top_k > 1:
-            parser.error("--scene goes without IMAGE, --top-k, --format, --plot and --explain")
+            parser.error("--scene cannot be combined with IMAGE, --top-k, --format, --plot or --explain")
         if not args.out:
             parser.error("--scene needs --out DIR, the folder for the map")
-        args.tile = args.tile or 64
-        args.stride = args.stride or args.tile
+        args.tile, args.stride = args.tile or 64, args.stride or args.tile or 64
         if args.stride > args.tile:
             parser.error(f"--stride {args.stride} would leave gaps between tiles of {args.tile} pixels")
     elif args.out or args.tile or args.stride:
-        parser.error("--tile, --stride and --out are for --scene")
+        parser.error("--tile, --stride and --out need --scene")
     if args.explain and not args.plot:
-        parser.error("--explain draws into --plot FILE.png, which is missing")
+        parser.error("--explain draws into the pictures of --plot FILE.png, which is missing")
     args.format = args.format or ("table" if sys.stdout.isatty() else "csv")
     return args
 
 
 @command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script and return its exit code."""
     args = parse_args(argv)
-    scene = read_scene(args.scene, args.tile) if args.scene else None
-    for folder in filter(os.path.isdir, args.images):
-        if not any(True for _ in find_images(folder)):
-            raise UserError(f"no images in folder {folder}")
-    with contextlib.suppress(AttributeError):  # a file name need not be valid UTF-8, nor is a pipe on Windows UTF-8 by itself
+    scene = read_scene(args.scene, args.tile, args.out) if args.scene else None
+    paths = list_paths(args.images, args.null)
+    with contextlib.suppress(AttributeError):  # file names need not be UTF-8, nor is a pipe on Windows by default
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     device = pick_device(args.device)
-    checkpoint, model = read_checkpoint(args.checkpoint)
-    precision = checkpoint_precision(checkpoint, args.precision)
-    frozen = FrozenModel(model, checkpoint["preprocessing"], len(checkpoint["classes"]), device, precision)
-    run = functools.partial(classify, frozen, *checkpoint_views(checkpoint, args.tta), args.workers)
-    if args.scene:
-        return map_scene(scene, run, checkpoint["classes"], args)
-    return list_classes(run(list_paths(args.images, args.null)), checkpoint["classes"], frozen, args)
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
+    classifier = Classifier(model, checkpoint.classes, *checkpoint_views(checkpoint, args.tta), args.workers)
+    if scene:
+        args.out.mkdir(parents=True, exist_ok=True)
+        scene_map = map_scene(scene, classifier, args.tile, args.stride, args.min_confidence)
+        print(json.dumps(write_map(args.out, args.scene, scene, scene_map)))
+        return 0
+    pages = PredictionPages(args.plot, classifier, args.min_confidence, args.explain) if args.plot else None
+    writer = RecordWriter(args.format, classifier.classes, args.min_confidence, args.top_k)
+    return print_records(classifier.classify(paths), writer, pages)
 
 
-def classify(frozen: FrozenModel, views: list, temperature: float, workers: int | None, paths, read=read_image):
-    """Yield lists of (path, uint8 pixels [3, S, S] or ImageError, calibrated probability of each class or None), in order."""
-    for batch in read_batches(paths, frozen.preprocessing, frozen.batch_size, workers, read):
-        readable = [pixels for _, pixels in batch if not isinstance(pixels, ImageError)]
-        rows = iter(frozen.log_probabilities(torch.stack(readable), [temperature], views)[0].exp().tolist()
-                    if readable else [])
-        yield [(path, pixels, None if isinstance(pixels, ImageError) else next(rows)) for path, pixels in batch]
+def list_paths(arguments: list[str], null: bool) -> Iterator[str | None]:
+    """Return the paths in files, folders and on stdin. Raises UserError for a folder without images."""
+    for folder in filter(os.path.isdir, arguments):
+        if next(find_images(folder), None) is None:
+            raise UserError(f"no images in folder {folder}")
+    return chain.from_iterable(
+        read_stdin(null) if path == "-" else find_images(path) if os.path.isdir(path) else [path] for path in arguments
+    )
 
 
-# ---------------------------------------------------------------- a record per image
-
-def list_classes(batches, classes: list[str], frozen: FrozenModel, args):
-    """Print a record of each image in the batches that `classify` yields, and draw it if asked for; returns the exit code."""
-    if args.explain:  # a network that cannot is refused before the first record
-        size = frozen.preprocessing["size"]
-        explain(frozen, torch.zeros(3, size, size, dtype=torch.uint8), 0)
-    album = Album(args.plot, frozen if args.explain else None) if args.plot else None
-    top_k = min(args.top_k, len(classes))
-    write = record_writer(args.format, classes, top_k)
-    images = failures = 0
-    for batch in batches:
-        for path, pixels, row in batch:
-            images += 1
-            if row is None:
-                failures += 1
-                write(path, [], pixels.reason)
-                continue
-            best = sorted(zip(classes, row), key=lambda pair: -pair[1])
-            p = best[0][1]
-            sure = p >= args.min_confidence
-            write(path, (best if sure else [(UNKNOWN, p), *best])[:top_k], None)
-            if album:
-                album.add(path, pixels, row.index(p), best, f"{best[0][0]}  {p:.1%}" if sure else UNKNOWN)
-        sys.stdout.flush()
-    if album:
-        album.save_page()
-    if failures:
-        log(f"{failures} of {images} images could not be read")
-        return EXIT_SOME_UNREADABLE
-
-
-def list_paths(arguments: list[str], null: bool):
-    """Yield the image paths that the arguments stand for; a file that is not there is left for the reader to report."""
-    for argument in arguments:
-        if argument == "-":
-            yield from read_names(null)
-        elif os.path.isdir(argument):
-            yield from find_images(argument)
-        else:
-            yield argument
-
-
-def read_names(null: bool):
-    """Yield the paths on stdin, and None before each wait for more: what has piled up meanwhile is the next to be read."""
+def read_stdin(null: bool) -> Iterator[str | None]:
+    """Yield the paths on stdin, and None before each wait for more, so that the images so far are classified first."""
     if sys.stdin is None:
         raise UserError("no paths to read: stdin is closed")
     end, rest, block = b"\0" if null else b"\n", b"", True
     while block:
         block = sys.stdin.buffer.read1(1 << 16)
-        *names, rest = (rest + (block or end)).split(end)
-        yield from (os.fsdecode(name) for name in (name if null else name.rstrip(b"\r") for name in names) if name)
+        *names, rest = (rest + (block or end)).split(end)  # the last path need not be terminated
+        names = names if null else [name.rstrip(b"\r") for name in names]
+        yield from (os.fsdecode(name) for name in names if name)
         yield None
 
 
-def record_writer(form: str, classes: list[str], top_k: int):
-    """A function write(path, (class, probability) pairs, error or None) that prints one record in the format asked for."""
-    width = max(len(printable(name)) for name in [*classes, UNKNOWN])
-
-    def write_table(path, best, error):
-        columns = "  ".join(f"{p:7.2%} {printable(name):<{width}}" for name, p in best)
-        print(f"{columns}  {printable(path)}" if best else f"error:  {printable(path)} ({error})")
-
-    def write_jsonl(path, best, error):
-        first, *rest = [{"class": name, "probability": round(p, 6)} for name, p in best] or [{"error": error}]
-        print(json.dumps({"path": path, **first, **({"rest": rest} if top_k > 1 and best else {})}))
-
-    if form != "csv":
-        return {"table": write_table, "jsonl": write_jsonl}[form]
-    writer = csv_writer(sys.stdout)
-    others = [f"{what}_{k}" for k in range(2, top_k + 1) for what in ("class", "probability")]
-    writer.writerow(["path", "class", "probability", *others, "error"])
-
-    def write_csv(path, best, error):
-        cells = [cell for name, p in best for cell in (name, round(p, 6))] or [""] * (2 * top_k)
-        writer.writerow([path, *cells, error or ""])
-    return write_csv
+# ---------------------------------------------------------------- classification
 
 
-def csv_writer(file):
-    """A csv.writer whose lines end in a line feed; told so itself, that of Python 3.10 would not quote a carriage return."""
-    return csv.writer(SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n")))
+class Prediction(NamedTuple):
+    """The result for one image: its pixels and probabilities, or an error."""
+
+    path: Any  # the file; for a tile of a scene its box (left, top, right, bottom)
+    pixels: torch.Tensor | None = None  # the image as the network takes it, uint8 [3, S, S]
+    probabilities: torch.Tensor | None = None  # of each class, calibrated, float64 [C]
+    error: str | None = None  # why the image cannot be read
+
+    def rank(self, classes: list[str], count: int) -> list[tuple[str, float]]:
+        """Return the `count` most probable classes with their probabilities; ties are in the order of classes."""
+        values, order = (part[:count].tolist() for part in self.probabilities.sort(descending=True, stable=True))
+        return [(classes[index], probability) for index, probability in zip(order, values)]
+
+
+class Classifier(NamedTuple):
+    """A trained network, and how to use it."""
+
+    model: InferenceModel
+    classes: list[str]  # in the order of the network's outputs
+    views: Sequence[View]  # to average over
+    temperature: float  # of that average
+    workers: int | None = None  # threads that read images; None: the default
+
+    def classify(self, paths: Iterable[Any], read: Callable = read_image) -> Iterator[list[Prediction]]:
+        """Yield the predictions for batches of images, in order. `paths` and `read` are those of `read_batches`."""
+        model, rows = self.model, iter(())
+        for batch in read_batches(paths, model.preprocessing, model.batch_size, self.workers, read):
+            images = [image for _, image in batch if torch.is_tensor(image)]
+            if images:
+                rows = iter(model.log_probabilities(torch.stack(images), [self.temperature], self.views)[0].exp())
+            yield [
+                Prediction(path, image, next(rows)) if torch.is_tensor(image) else Prediction(path, error=image.reason)
+                for path, image in batch
+            ]
+
+
+# ---------------------------------------------------------------- records
+
+
+class RecordWriter:
+    """Print a record for each image on stdout, as "table", "csv" or "jsonl", with up to `top_k` classes."""
+
+    def __init__(self, record_format: str, classes: list[str], min_confidence: float, top_k: int) -> None:
+        self.format, self.classes, self.top_k = record_format, classes, min(top_k, len(classes))
+        self.width = max(len(printable(name)) for name in [*classes, UNKNOWN])
+        self.min_confidence, self.csv = min_confidence, csv_writer(sys.stdout)
+        if self.format == "csv":
+            others = [f"{column}_{k}" for k in range(2, self.top_k + 1) for column in ("class", "probability")]
+            self.csv.writerow(["path", "class", "probability", *others, "error"])
+
+    def write(self, prediction: Prediction) -> None:
+        """Print the record of an image."""
+        path, error, best = prediction.path, prediction.error, []
+        if error is None:
+            best = prediction.rank(self.classes, self.top_k)
+            if best[0][1] < self.min_confidence:
+                best = [(UNKNOWN, best[0][1]), *best][: self.top_k]
+        if self.format == "csv":
+            cells = [cell for name, p in best for cell in (name, round(p, 6))] or [""] * (2 * self.top_k)
+            self.csv.writerow([path, *cells, error])
+        elif self.format == "jsonl":
+            first, *rest = [{"class": name, "probability": round(p, 6)} for name, p in best] or [{"error": error}]
+            print(json.dumps({"path": path, **first, **({"rest": rest} if best and self.top_k > 1 else {})}))
+        else:
+            columns = "  ".join(f"{p:7.2%} {printable(name):<{self.width}}" for name, p in best)
+            print(f"{columns}  {printable(path)}" if best else f"error:  {printable(path)} ({error})")
+
+
+def print_records(batches: Iterable[list[Prediction]], writer: RecordWriter, pages: PredictionPages | None) -> int:
+    """Print a record for each prediction, and draw it if there are pages; return the exit code."""
+    images = failures = 0
+    for batch in batches:
+        for prediction in batch:
+            writer.write(prediction)
+            if pages and prediction.error is None:
+                pages.add(prediction)
+        images, failures = images + len(batch), failures + sum(prediction.error is not None for prediction in batch)
+        sys.stdout.flush()
+    if pages and pages.pictures:
+        pages.save_page()
+    if failures:
+        log(f"{failures} of {images} images could not be read")
+    return EXIT_SOME_UNREADABLE if failures else 0
 
 
 # ---------------------------------------------------------------- pictures
 
-def explain(frozen: FrozenModel, pixels: torch.Tensor, target: int) -> torch.Tensor:
-    """What of an image, uint8 pixels [3, S, S], spoke for the class `target`: heat [h, w] in 0..1, on the CPU.
 
-    Grad-CAM (Selvaraju et al., ICCV 2017): the channels of the last feature map before the head, each weighted by the mean
-    gradient of the class's logit, and of their sum what is positive. Raises UserError for a network whose head does not
-    look at a map but at tokens, such as a vision transformer.
+def grad_cam(model: InferenceModel, pixels: torch.Tensor, target: int) -> torch.Tensor:
+    """Return where an image supports the class `target`: uint8 pixels [3, S, S] -> [h, w] in 0..1, on the CPU.
+
+    Grad-CAM (Selvaraju et al., ICCV 2017): the last feature map, weighted by the mean gradients of the class's logit.
+    Moves the network to the model's device. Raises UserError if it ends in tokens, as a vision transformer does.
     """
-    model, seen = frozen.model.to(frozen.device).requires_grad_(False), [None]
-    head = model.get_submodule(frozen.cut[0])
+    network, features = model.network.model.to(model.device), None
 
-    def remember(module, _, output):
-        if module is head:
-            seen.append(None)  # what follows is no feature map
-        elif len(seen) == 1 and torch.is_tensor(output) and (output.dim() == 3 or min(output.shape[2:], default=1) > 1):
-            seen[0] = output  # tokens [1, N, C] or a map [1, C, H, W]
-    with torch.nn.modules.module.register_module_forward_hook(remember), torch.enable_grad():
-        images = (pixels[None].to(frozen.device).float() - frozen.mean) / frozen.std
-        logits = model(images.requires_grad_(True))
-    if seen[0] is None or seen[0].dim() != 4:
-        raise UserError("--explain needs a network that ends in a feature map, as convolutional ones do: "
-                        f"{type(model).__name__} does not")
-    gradient, = torch.autograd.grad(logits[0, target], seen[0])
-    heat = (gradient.mean((2, 3), keepdim=True) * seen[0]).sum(1)[0].relu().detach()
-    return (heat / heat.max()).nan_to_num().cpu()  # nothing spoke for it: 0 / 0
+    def remember(_module: torch.nn.Module, _inputs: tuple, output: Any) -> None:
+        nonlocal features  # the last output that is tokens [1, N, C], or a map [1, C, H, W] of more than one pixel
+        if torch.is_tensor(output) and (output.dim() == 3 or min(output.shape[2:], default=1) > 1):
+            features = output
+
+    with contextlib.ExitStack() as hooks:  # it removes them in the end
+        for module in network.modules():
+            hooks.enter_context(module.register_forward_hook(remember))
+        logits = network(model.normalize(pixels[None]).requires_grad_(True))
+    if features is None or features.dim() != 4:
+        raise UserError(f"--explain needs a network that ends in a feature map: {type(network).__name__} does not")
+    (gradient,) = torch.autograd.grad(logits[0, target], features)
+    cam = (gradient.mean((2, 3), keepdim=True) * features).sum(1)[0].relu().detach()
+    return (cam / cam.max()).nan_to_num().cpu()  # 0 / 0 if nothing supports the class
 
 
-class Album:
-    """Pages of pictures: each image, where it speaks for its class if asked for, and bars of its most probable classes."""
+class PredictionPages:
+    """The pages of --plot, FILE.png, FILE-2.png, ..., with Grad-CAM maps if `explain` is set."""
 
-    def __init__(self, file: Path, explained: FrozenModel | None):
+    def __init__(self, file: Path, classifier: Classifier, min_confidence: float, explain: bool) -> None:
+        if file.is_dir() or not file.parent.is_dir():
+            raise UserError(f"--plot {file}: " + ("is a folder" if file.is_dir() else f"no such folder: {file.parent}"))
         if file.suffix.lower() != ".png":
             raise UserError(f"--plot {file}: pictures are PNG files; call it {file.with_suffix('.png').name}")
-        if not file.parent.is_dir() or file.is_dir():
-            raise UserError(f"--plot {file}: " + ("is a folder" if file.is_dir() else f"no such folder: {file.parent}"))
-        self.file, self.explained, self.page, self.waiting = file, explained, 1, []
+        if explain:  # a network without a feature map is refused before the first record
+            size = classifier.model.preprocessing["size"]
+            grad_cam(classifier.model, torch.zeros(3, size, size, dtype=torch.uint8), 0)
+        self.file, self.classifier, self.min_confidence, self.explain = file, classifier, min_confidence, explain
+        self.page, self.pictures = 1, []  # the number of the page, and (prediction, thumbnail) of its images
 
-    def add(self, path: str, pixels: torch.Tensor, target: int, best: list[tuple[str, float]], title: str):
-        """Put an image on the page, with the heat of class index `target`; a full page is written."""
-        if len(self.waiting) == PLOT_COLUMNS * PLOT_ROWS:
-            self.save_page()
-        thumbnail = read_image(path)
+    def add(self, prediction: Prediction) -> None:
+        """Put an image on the page, and write the page if it is full."""
+        thumbnail = read_image(prediction.path)
         thumbnail.thumbnail((360, 360))
-        name = printable(Path(path).name)
-        heat = explain(self.explained, pixels, target) if self.explained else None
-        self.waiting.append((thumbnail, name, best[:PLOT_BARS], heat, title))
+        self.pictures.append((prediction, thumbnail))
+        if len(self.pictures) == PAGE_COLUMNS * PAGE_ROWS:
+            self.save_page()
 
-    def save_page(self):
-        """Write the images that wait as one page."""
-        if not self.waiting:
-            return
-        matplotlib.rcParams["text.parse_math"] = False
-        from matplotlib.figure import Figure
-        columns, ratios = min(PLOT_COLUMNS, len(self.waiting)), [1, 1, 1.35] if self.explained else [1, 1.35]
-        rows = math.ceil(len(self.waiting) / columns)
-        figure = Figure(figsize=(1.96 * sum(ratios) * columns, 2.05 * rows + 0.2), layout="constrained")
+    def save_page(self) -> None:
+        """Write the page and start the next one."""
+        widths = [1, 1, 1.35] if self.explain else [1, 1.35]
+        columns = min(PAGE_COLUMNS, len(self.pictures))
+        rows = math.ceil(len(self.pictures) / columns)
+        figure = new_figure(1.96 * sum(widths) * columns, 2.05 * rows + 0.2)
         figure.get_layout_engine().set(h_pad=0.1, w_pad=0.06)
-        cells = figure.subplots(rows, len(ratios) * columns, squeeze=False, width_ratios=ratios * columns).ravel()
-        for axes in cells:
-            axes.set_axis_off()
-        for number, (image, name, best, heat, title) in enumerate(self.waiting):
-            left, *middle, right = cells[number * len(ratios):][:len(ratios)]
-            for axes in (left, *middle):
-                axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
-            if heat is not None and not heat.any():
-                middle[0].set_title("nothing spoke for it", fontsize=8, color="0.35")
-            elif heat is not None:  # of the centre square, which is what the network saw
-                (width, height), side = image.size, min(image.size)
-                x, y = (width - side) / 2 - 0.5, (height - side) / 2 - 0.5
-                middle[0].imshow(heat.tolist(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, interpolation="bilinear",
-                                 extent=(x, x + side, y + side, y))
-                middle[0].set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        axes = figure.subplots(rows, len(widths) * columns, squeeze=False, width_ratios=widths * columns).ravel()
+        for cell in axes:
+            cell.set_axis_off()
+        for number, (prediction, image) in enumerate(self.pictures):
+            left, *middle, right = axes[number * len(widths) :][: len(widths)]
+            for cell in (left, *middle):
+                cell.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
+            name = printable(Path(prediction.path).name)
             left.set_title(name if len(name) < 28 else f"{name[:12]}...{name[-13:]}", fontsize=8, color="0.35")
-            right.set_axis_on()
-            values = [p for _, p in best]
-            right.barh(range(len(best)), values, color=["#8cbde6"] + ["0.85"] * (len(best) - 1))
-            for position, (label, p) in enumerate(best):
-                right.text(0.02, position, f"{printable(label)}  {p:.1%}", va="center", fontsize=8)
-            right.set(xlim=(0, 1), xticks=[], yticks=[], ylim=(PLOT_BARS - 0.5, -0.5))
-            right.set_title(printable(title), fontsize=10, fontweight="bold")
-            right.spines[["top", "right", "bottom"]].set_visible(False)
+            if self.explain:
+                target = int(prediction.probabilities.argmax())
+                draw_cam(middle[0], image.size, grad_cam(self.classifier.model, prediction.pixels, target))
+            draw_bars(right, prediction.rank(self.classifier.classes, BARS), self.min_confidence)
         file = self.file if self.page == 1 else self.file.with_name(f"{self.file.stem}-{self.page}{self.file.suffix}")
-        with replacing(file, "wb") as opened, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # letters that the font lacks are boxes, and no noise
-            figure.savefig(opened, format="png", dpi=120)
+        save_figure(file, figure)
         log(f"wrote {file}")
-        self.waiting, self.page = [], self.page + 1
+        self.pictures, self.page = [], self.page + 1
 
 
-# ---------------------------------------------------------------- a map of a large scene
+def draw_cam(axes: Any, image_size: tuple[int, int], cam: torch.Tensor) -> None:
+    """Draw a Grad-CAM map over an image: over its center square, which is what the network has seen."""
+    if not cam.any():
+        axes.set_title("nothing supports it", fontsize=8, color="0.35")
+        return
+    (width, height), side = image_size, min(image_size)
+    x, y = (width - side) / 2 - 0.5, (height - side) / 2 - 0.5
+    extent = (x, x + side, y + side, y)
+    axes.imshow(cam.tolist(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, interpolation="bilinear", extent=extent)
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
-def read_scene(path: Path, tile: int) -> Image.Image:
-    """Read the scene as RGB; raises ImageError where it has more than SCENE_PIXELS, UserError where a tile is larger.
 
-    And UserError where an EXIF tag turns the picture under its world file, since programs disagree on what is meant then.
-    """
-    Image.MAX_IMAGE_PIXELS = SCENE_PIXELS // 2  # Pillow warns beyond this, and refuses beyond twice this
-    scene = read_image(path)
+def draw_bars(axes: Any, best: list[tuple[str, float]], min_confidence: float) -> None:
+    """Draw the most probable classes as bars, under the first one as title."""
+    axes.set_axis_on()
+    axes.barh(range(len(best)), [p for _, p in best], color=["#8cbde6"] + ["0.85"] * (len(best) - 1))
+    labels = [f"{printable(name)}  {p:.1%}" for name, p in best]
+    for position, label in enumerate(labels):
+        axes.text(0.02, position, label, va="center", fontsize=8)
+    axes.set(xlim=(0, 1), xticks=[], yticks=[], ylim=(BARS - 0.5, -0.5))
+    axes.set_title(labels[0] if best[0][1] >= min_confidence else UNKNOWN, fontsize=10, fontweight="bold")
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+# ---------------------------------------------------------------- map of a scene
+
+MAX_MAP_SIDE, LEGEND_ROWS, OPACITY = 4096, 30, 0.6  # pixels of map.png; names in the legend; opacity of the colors
+WORLD_FILES = (".pgw", ".jgw", ".tfw", ".wld")
+GRAY = (128, 128, 128)  # the color of unknown
+# Found by a search for the largest minimum distance between any two of them and GRAY: in OKLab, blended with gray, for
+# normal, red-blind and green-blind vision (Machado et al., 2009). The order suits the classes of EuroSAT.
+COLORS = ("ccff00", "00cc00", "ffcc99", "660000", "990099", "00ffff", "ff66ff", "ff0000", "0000ff", "000066")
+
+
+class WorldFile(NamedTuple):
+    """Where the pixels of an image are on a map. The fields are in the order of the six lines of a world file."""
+
+    x_per_column: float  # the step to the next pixel on the right
+    y_per_column: float
+    x_per_row: float  # the step to the next pixel below
+    y_per_row: float
+    x: float  # the center of the upper left pixel
+    y: float
+
+    def scaled(self, factor: int) -> WorldFile:
+        """Return the world file of the image whose pixels are factor x factor of these."""
+        middle = (factor - 1) / 2  # from the center of the first pixel to that of the first larger one
+        x = self.x + middle * (self.x_per_column + self.x_per_row)
+        y = self.y + middle * (self.y_per_column + self.y_per_row)
+        return WorldFile(*(step * factor for step in self[:4]), x, y)
+
+
+class TileAxis(NamedTuple):
+    """The tiles along one side of a scene, and the cells of its map."""
+
+    length: int  # of the side, in pixels
+    tile: int  # side of a tile
+    stride: int  # from tile to tile, and side of a cell
+
+    def tile_starts(self) -> list[int]:
+        """Return the first pixel of each tile; the last tile is moved inward to end with the scene."""
+        return [*range(0, self.length - self.tile, self.stride), self.length - self.tile]
+
+    def cell_sizes(self) -> torch.Tensor:
+        """Return the pixels of each cell, float64 [cells]; the last one may be cut off by the edge."""
+        return (self.length - torch.arange(0, self.length, self.stride)).clamp(max=self.stride).double()
+
+    def cell_weights(self) -> torch.Tensor:
+        """Return the weight of each tile in each cell, float64 [cells, tiles], by the pixels that they share."""
+        tiles, cells = torch.tensor(self.tile_starts()), torch.arange(0, self.length, self.stride)[:, None]
+        shared = torch.minimum(tiles + self.tile, cells + self.stride).sub(torch.maximum(tiles, cells)).clamp(min=0)
+        return shared.double() / shared.sum(1, keepdim=True)
+
+
+class SceneMap(NamedTuple):
+    """The class of each cell of a scene."""
+
+    names: list[str]  # of the classes, and UNKNOWN
+    classes: torch.Tensor  # index into names, int64 [rows, columns]
+    probabilities: torch.Tensor  # of the most probable class, float64 [rows, columns]
+    percent: list[float]  # of the scene's area, for each name
+    cell: int  # side of a cell in pixels of the scene
+    tiles: int  # how many were classified
+
+
+def read_scene(path: Path, tile: int, out: Path) -> Image.Image:
+    """Read a scene as RGB. Raises UserError if it is smaller than a tile, or if the map in `out` would replace it."""
+    Image.MAX_IMAGE_PIXELS = MAX_SCENE_PIXELS // 2  # Pillow warns above this number, and refuses twice as many
+    scene, world = read_image(path), read_world_file(path)
     with Image.open(path) as raw:
         turned = raw.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    if turned and read_world_file(path):
-        raise UserError(f"{path} is to be turned by its EXIF tag, and its world file is not: save it upright, without the tag")
+    if turned and world:  # programs disagree on what that means
+        raise UserError(f"{path} is turned by its EXIF tag, its world file is not: save it upright, without the tag")
     if min(scene.size) < tile:
         raise UserError(f"--tile {tile} is larger than {path}, which has {scene.width} x {scene.height} pixels")
+    if path.resolve() == (out / "map.png").resolve():
+        raise UserError(f"the map would replace the scene, {path}; choose another --out")
     return scene
 
 
-def map_scene(scene: Image.Image, classify, classes: list[str], args):
-    """Classify the tiles of a scene and write its map: DIR/map.png, map.csv, map.json, and map.pgw beside a world file."""
-    world = read_world_file(args.scene)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.scene.resolve() == (args.out / "map.png").resolve():
-        raise UserError(f"the map would replace the scene, {args.scene}; choose another --out")
-    lefts, tops = (tile_starts(length, args.tile, args.stride) for length in scene.size)
-    boxes = ((x, y, x + args.tile, y + args.tile) for y in tops for x in lefts)
-    parts = []
-    with Progress("map", len(lefts) * len(tops), "tiles") as progress:
-        for batch in classify(boxes, scene.crop):
-            parts.append(torch.tensor([row for *_, row in batch], dtype=torch.float64))
+def read_world_file(scene: Path) -> WorldFile | None:
+    """Read the world file beside a scene, that of its own format before others; return None if there is none."""
+    own = f".{scene.suffix[1:2]}{scene.suffix[-1:]}w".lower()
+    found = [file for file in scene.parent.iterdir() if file.stem == scene.stem and file.suffix.lower() in WORLD_FILES]
+    if not found:
+        return None
+    file, numbers = min(found, key=lambda file: (file.suffix.lower() != own, file.name)), []
+    with contextlib.suppress(ValueError):
+        numbers = [float(text) for text in file.read_text(encoding="ascii").split()]
+    if len(numbers) != 6 or not all(map(math.isfinite, numbers)):
+        raise UserError(f"{file} is not a world file, which has six numbers, one per line")
+    return WorldFile(*numbers)
+
+
+def map_scene(scene: Image.Image, classifier: Classifier, tile: int, stride: int, min_confidence: float) -> SceneMap:
+    """Classify the tiles of a scene, and average them over each cell of the map."""
+    rows, columns = (TileAxis(length, tile, stride) for length in (scene.height, scene.width))
+    tops, lefts, parts = rows.tile_starts(), columns.tile_starts(), []
+    boxes = ((left, top, left + tile, top + tile) for top in tops for left in lefts)
+    with Progress("map", len(tops) * len(lefts), "tiles") as progress:
+        for batch in classifier.classify(boxes, scene.crop):
+            parts.append(torch.stack([prediction.probabilities for prediction in batch]))
             progress.update(len(batch))
     tiles = torch.cat(parts).view(len(tops), len(lefts), -1)
-    down, across = (share_cells(starts, args, length) for starts, length in ((tops, scene.height), (lefts, scene.width)))
-    probability, winner = torch.einsum("rt,tuc,ku->rkc", down, tiles, across).max(2)
-    winner[probability < args.min_confidence] = len(classes)
-    names = [*classes, UNKNOWN]
-    shares = measure_shares(winner, len(names), args.stride, scene)
-    with replacing(args.out / "map.csv") as file:
-        writer = csv_writer(file)
-        writer.writerow(["row", "column", "class", "probability"])
-        for row, cells in enumerate(zip(winner.tolist(), probability.tolist())):
-            writer.writerows([row, column, names[index], round(p, 6)] for column, (index, p) in enumerate(zip(*cells)))
-    factor = math.ceil(max(scene.size) / MAP_SIDE)
-    with replacing(args.out / "map.png", "wb") as file:
-        draw_map(scene.reduce(factor), winner, args.stride / factor, names, shares).save(file, format="png")
-    write_world_file(args.out / "map.pgw", world, factor)
-    percent = {name: 0.0 for name in names}
-    for name, share in zip(names, shares):  # a class may be called "unknown" too
+    cells = torch.einsum("rt,tuc,ku->rkc", rows.cell_weights(), tiles, columns.cell_weights())
+    probabilities, classes = cells.max(2)
+    classes[probabilities < min_confidence] = len(classifier.classes)
+    areas = torch.outer(rows.cell_sizes(), columns.cell_sizes())
+    areas = torch.bincount(classes.flatten(), areas.flatten(), len(classifier.classes) + 1)
+    percent, names = (100 * areas / areas.sum()).tolist(), [*classifier.classes, UNKNOWN]
+    return SceneMap(names, classes, probabilities, percent, stride, len(tops) * len(lefts))
+
+
+def write_map(folder: Path, path: Path, scene: Image.Image, scene_map: SceneMap) -> dict[str, Any]:
+    """Write map.csv, map.png, map.json, and map.pgw if the scene has a world file; return the content of map.json."""
+    names, world, factor = scene_map.names, read_world_file(path), math.ceil(max(scene.size) / MAX_MAP_SIDE)
+    rows, columns = scene_map.classes.shape
+    cells = zip(scene_map.classes.flatten().tolist(), scene_map.probabilities.flatten().tolist())
+    table = ((*divmod(number, columns), names[index], round(p, 6)) for number, (index, p) in enumerate(cells))
+    write_csv(folder / "map.csv", ("row", "column", "class", "probability"), table)
+    with atomic_write(folder / "map.png", "wb") as file:
+        draw_map(scene.reduce(factor), scene_map, factor).save(file, format="png")
+    if world:
+        with atomic_write(folder / "map.pgw") as file:
+            file.writelines(f"{number!r}\n" for number in world.scaled(factor))
+    else:
+        (folder / "map.pgw").unlink(missing_ok=True)  # of an earlier map
+    percent = dict.fromkeys(names, 0.0)
+    for name, share in zip(names, scene_map.percent):  # a class may be called "unknown" too
         percent[name] += share
-    report = {"scene": str(args.scene), "map": str(args.out / "map.png"), "tiles": len(tops) * len(lefts), "rows": len(winner),
-              "columns": len(winner[0]), "cell_pixels": args.stride, "map_scale": factor,
-              "percent": {name: round(share, 4) for name, share in percent.items()}}
-    with replacing(args.out / "map.json") as file:
+    report = {"scene": str(path), "map": str(folder / "map.png"), "tiles": scene_map.tiles}
+    report |= {"rows": rows, "columns": columns, "cell_pixels": scene_map.cell, "map_scale": factor}
+    report |= {"percent": {name: round(share, 4) for name, share in percent.items()}}
+    with atomic_write(folder / "map.json") as file:
         file.write(json.dumps(report, indent=2) + "\n")
-    log(f"wrote {args.out}/map.png, map.csv, map.json" + (", map.pgw" if world else ""))
-    print(json.dumps(report))
+    log(f"wrote {folder}/map.png, map.csv, map.json" + (", map.pgw" if world else ""))
+    return report
 
 
-def tile_starts(length: int, tile: int, stride: int) -> list[int]:
-    """The first pixels of the tiles along a side of `length` pixels; the last tile is moved inwards to end with the side."""
-    return [*range(0, length - tile, stride), length - tile]
-
-
-def share_cells(starts: list[int], args, length: int) -> torch.Tensor:
-    """Weights [cells, tiles] by which cells along a side average the tiles over them: by the pixels that both have."""
-    first, cells = torch.tensor(starts), torch.arange(0, length, args.stride)[:, None]
-    pixels = (torch.minimum(first + args.tile, cells + args.stride) - torch.maximum(first, cells)).clamp(min=0).double()
-    return pixels / pixels.sum(1, keepdim=True)
-
-
-def measure_shares(winner: torch.Tensor, count: int, stride: int, scene: Image.Image) -> list[float]:
-    """Percent of the scene's pixels that each of `count` indices has in winner [rows, columns]; the last cells may be cut."""
-    width, height = ((length - torch.arange(0, length, stride)).clamp(max=stride).double() for length in scene.size)
-    pixels = torch.bincount(winner.flatten(), torch.outer(height, width).flatten(), count)
-    return (100 * pixels / pixels.sum()).tolist()
-
-
-def pick_colour(index: int) -> tuple[int, int, int]:
-    """The colour of a class: from COLOURS; beyond them, hues a golden angle apart, in three strengths in turn."""
-    if index < len(COLOURS):
-        return tuple(bytes.fromhex(COLOURS[index]))
+def pick_color(index: int) -> tuple[int, int, int]:
+    """Return the color of a class: one of COLORS, after them hues a golden angle apart, in alternating strengths."""
+    if index < len(COLORS):
+        return tuple(bytes.fromhex(COLORS[index]))
     rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, (1, 0.5)[index % 2], (1, 0.75, 0.5)[index % 3])
     return tuple(round(255 * part) for part in rgb)
 
 
-def draw_map(scene: Image.Image, winner: torch.Tensor, cell: float, names: list[str], shares: list[float]) -> Image.Image:
-    """The scene in grey under the colours of winner [rows, columns] in cells of `cell` pixels; right of it, the legend.
-
-    The picture's upper left part is the scene, pixel for pixel, so a world file that fits the one fits the other.
-    """
-    grey, colours = (128, 128, 128), [*map(pick_colour, range(len(names) - 1)), (128, 128, 128)]
-    paint = Image.frombytes("RGB", winner.shape[::-1], b"".join(bytes(colours[index]) for index in winner.flatten().tolist()))
-    paint = paint.transform(scene.size, Image.Transform.AFFINE, (1 / cell, 0, 0, 0, 1 / cell, 0))
-    picture = Image.blend(scene.convert("L").convert("RGB"), paint, TINT)
+def draw_map(scene: Image.Image, scene_map: SceneMap, factor: int) -> Image.Image:
+    """Draw a scene, reduced by `factor`, in gray under the colors of its cells; a legend is added to its right."""
+    names, percent, cell = scene_map.names, scene_map.percent, scene_map.cell / factor
+    colors = [*map(pick_color, range(len(names) - 1)), GRAY]
+    rgb = b"".join(bytes(colors[index]) for index in scene_map.classes.flatten().tolist())
+    cells = Image.frombytes("RGB", scene_map.classes.shape[::-1], rgb)
+    cells = cells.transform(scene.size, Image.Transform.AFFINE, (1 / cell, 0, 0, 0, 1 / cell, 0))
+    picture = Image.blend(scene.convert("L").convert("RGB"), cells, OPACITY)
     font = ImageFont.load_default(max(12, max(picture.size) // 60))
     line = 2 * round(font.size * 0.75)
-    present = sorted((index for index in range(len(names)) if shares[index]), key=lambda index: -shares[index])
-    texts = [f"{printable(names[index])}  {shares[index]:.1f} %" for index in present[:LEGEND_ROWS]]
+    present = sorted((index for index in range(len(names)) if percent[index]), key=lambda index: -percent[index])
+    labels = [f"{printable(names[index])}  {percent[index]:.1f} %" for index in present[:LEGEND_ROWS]]
     if others := present[LEGEND_ROWS:]:
-        texts.append(f"{len(others)} more  {sum(shares[index] for index in others):.1f} %")
-    width = round(max(map(font.getlength, texts))) + 3 * line
-    canvas = Image.new("RGB", (picture.width + width, max(picture.height, line * (len(texts) + 1))), "white")
+        labels.append(f"{len(others)} more  {sum(percent[index] for index in others):.1f} %")
+    width = picture.width + round(max(map(font.getlength, labels))) + 3 * line
+    canvas = Image.new("RGB", (width, max(picture.height, line * (len(labels) + 1))), "white")
     canvas.paste(picture)
     draw = ImageDraw.Draw(canvas)
-    for number, text in enumerate(texts):
+    for number, label in enumerate(labels):
         x, y = picture.width + line // 2, round((number + 0.5) * line)
-        if number < LEGEND_ROWS:  # the colour as it is over a middle grey
-            tint = tuple(round(TINT * a + (1 - TINT) * b) for a, b in zip(colours[present[number]], grey))
-            draw.rectangle((x, y + line // 8, x + line, y + line * 7 // 8), fill=tint)
-        draw.text((x + line * 3 // 2, y + line / 2), text, "black", font, anchor="lm")
+        if number < LEGEND_ROWS:  # the color as it looks over a medium gray
+            fill = tuple(round(OPACITY * a + (1 - OPACITY) * b) for a, b in zip(colors[present[number]], GRAY))
+            draw.rectangle((x, y + line // 8, x + line, y + line * 7 // 8), fill=fill)
+        draw.text((x + line * 3 // 2, y + line / 2), label, "black", font, anchor="lm")
     return canvas
-
-
-def read_world_file(scene: Path) -> list[float] | None:
-    """The six numbers of the world file beside a scene, that of its own format before others; None where there is none.
-
-    In the file's order: x and y per column, x and y per row (A, D, B, E), x and y of the centre of the first pixel (C, F).
-    """
-    own = f".{scene.suffix[1:2]}{scene.suffix[-1:]}w".lower()
-    found = [file for file in scene.parent.iterdir() if file.stem == scene.stem and file.suffix.lower() in WORLD_FILES]
-    for file in sorted(found, key=lambda file: (file.suffix.lower() != own, file.name)):
-        try:
-            world = [float(text) for text in file.read_text(encoding="ascii").split()]
-        except ValueError:
-            world = []
-        if len(world) != 6 or not all(map(math.isfinite, world)):
-            raise UserError(f"{file} is no world file: it should hold six numbers, one a line")
-        return world
-
-
-def write_world_file(path: Path, world: list[float] | None, factor: int):
-    """Write the world file of a map whose pixels are `factor` scene pixels wide; without one, remove that of an earlier map."""
-    if not world:
-        return path.unlink(missing_ok=True)
-    a, d, b, e, x, y = world
-    middle = (factor - 1) / 2  # of a map pixel, in scene pixels from the centre of its first
-    with replacing(path) as file:
-        file.writelines(f"{value!r}\n" for value in (a * factor, d * factor, b * factor, e * factor,
-                                                     x + middle * (a + b), y + middle * (d + e)))
 
 
 if __name__ == "__main__":

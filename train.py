@@ -1,22 +1,19 @@
-"""Train an image classifier by transfer learning: a pre-trained network, frozen, with a new classifier for your classes.
+"""Train an image classifier by transfer learning: a pre-trained, frozen network with a new classifier for your classes.
 
-Reads DATA/train/<class>/*, and DATA/val and DATA/test where they are, and writes OUT/model.pt, OUT/last.pt and
-OUT/history.csv. The frozen network sees each image once; the classifier is then trained on the remembered features.
-With --finetune the network learns too, from there on. The best epoch is chosen on val, test is only ever reported.
-The last line on stdout is one JSON object. Several processes: torchrun --nproc-per-node N train.py ...
+Reads DATA/train/<class>/*, and DATA/val and DATA/test if they exist; writes OUT/model.pt, OUT/last.pt and
+OUT/history.csv. The frozen network sees each image once, and the classifier is trained on the cached features, by
+AdamW. With --finetune the network is trained too, starting from that classifier. The best epoch is chosen on val; test
+is only reported. The last line on stdout is one JSON object. Several processes: torchrun --nproc-per-node N train.py
+...
 """
+
 from __future__ import annotations
 
-import atexit
+import argparse
 import contextlib
 import copy
-import csv
-import ctypes
 import datetime
-import difflib
 import functools
-import hashlib
-import http.client
 import io
 import json
 import math
@@ -26,1427 +23,1410 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import PIL
+from PIL import Image
 
-from common import (CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, LARGEST_SIZE, RANK, RUN_FORMAT, SPLITS, VIEWS, WORLD,
-                    FrozenModel, ImageError, LazyModule, Progress, UserError, add_hardware_options, average_views, build_model,
-                    checkpoint_precision, class_folders, command, file_hash, find_head, fraction, is_checkpoint, load_weights,
-                    locked, log, make_parser, not_negative, one_line, pick_device, positive_float, positive_int, read_batches,
-                    read_checkpoint, read_image, read_split, read_torch_file, reader_threads, replacing, resize, seed_number,
-                    send, signals_held, torch, torchvision, turn, update_weights, whole_steps)
+from common import CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, MAX_IMAGE_SIZE, RANK, RUN_FORMAT, SPLITS, VIEWS
+from common import WORLD_SIZE
+from common import Checkpoint, FeatureCache, FeatureRequest, ImageError, InferenceModel, LazyModule, Network, Split
+from common import UserError, View
+from common import add_hardware_options, all_gather_list, apply_view, atomic_write, average_views, broadcast_from_rank0
+from common import check_unchanged, checkpoint_precision, class_folders, command, defer_signals, digest_of
+from common import extract_features, feature_key, fraction, hash_images, hold_lock, initialize_classifier
+from common import library_versions, list_architectures, list_split, load_pretrained, log, make_parser, new_figure
+from common import non_negative_float, pick_device, positive_float, positive_int, read_batches, read_checkpoint
+from common import read_image, read_torch_file, reader_threads, resize, rows_per_chunk, save_figure, seed_number
+from common import to_device, update_weights, usable_memory, write_csv
 
-v2 = LazyModule("torchvision.transforms.v2")
-IMBALANCED = 5  # the largest class has so many times the images of the smallest: worth a warning
-VAL_SAMPLE = 1000  # images of val whose views tell the temperature of their average
-MEMORY_SHARE = 1 / 3  # of the machine's memory that features may take before they are mapped from disk
+if TYPE_CHECKING:
+    import torch
+    from torchvision.transforms import v2
+else:
+    torch, v2 = LazyModule("torch"), LazyModule("torchvision.transforms.v2")
+
+IMBALANCE_RATIO = 5  # a warning is logged if the largest class has so many times the images of the smallest
+CALIBRATION_SAMPLE = 1000  # images of val on which the temperature for averages over views is fitted
+TRAIN_SAMPLE = 5000  # images on which fine-tuning measures the train columns of the history
+PROBE_EPOCHS = 10  # of the classifier alone, before fine-tuning
+STRONG_CHUNKS = 16  # parts of a batch that share a draw of strong augmentation; a draw per image would slow a GPU
+RUN_VERSION = 2  # of last.pt
 HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")), "seconds"]
 
 
-def parse_args(argv):
+# ---------------------------------------------------------------- command line
+
+WEIGHTS_HELP = (
+    "a torchvision weights name such as IMAGENET1K_V2, a file (a torchvision state dict or a model.pt of this tool), "
+    "or none for random weights. Default: IMAGENET1K_V1 if it exists (trained with plain softmax cross entropy, whose "
+    "features transfer better when frozen; Kornblith et al., NeurIPS 2021), else DEFAULT"
+)
+AUGMENT_HELP = (
+    "views of each training image, one of them drawn per epoch. flip: with the mirror image (for photographs); "
+    "dihedral: all flips and quarter turns (for images from above); strong (only with --finetune last or all): "
+    "TrivialAugmentWide, random erasing, and CutMix or MixUp, in addition to flip or to the views given with it"
+)
+FINETUNE_HELP = (
+    "what is trained: the new classifier; also the network's last stage; or the whole network. The classifier is "
+    "trained alone first (Kumar et al., ICLR 2022). Pre-trained BatchNorm keeps its statistics"
+)
+TUNE_HELP = (
+    "try N settings of learning rate, weight decay, label smoothing and epochs (up to --epochs) side by side, then "
+    "train with the best on val; results in OUT/tune.csv and OUT/tune.png"
+)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = make_parser("train.py", __doc__, "python train.py --data data/eurosat --epochs 5")
-    group = parser.add_argument_group("data and output")
-    group.add_argument("--data", type=Path, default=Path("data/eurosat"), metavar="DIR",
-                       help="the tree that prepare_data.py made, or one like it")
-    group.add_argument("--out", type=Path, metavar="DIR",
-                       help="folder for the results (default: runs/<name of the data folder>)")
-    group.add_argument("--resume", action="store_true", help="continue the unfinished run in OUT; without one, start")
-    group.add_argument("--restart", action="store_true", help="discard the unfinished run in OUT and start anew")
-    group.add_argument("--only-if-better", action="store_true",
-                       help="replace the model.pt in OUT, and the history beside it, only if the new model's accuracy on val "
-                            "is at least that of the old one on the same images; otherwise the exit code is 5")
-    group = parser.add_argument_group("model")
-    group.add_argument("--arch", default="resnet50", help="any torchvision classification model")
-    group.add_argument("--list-archs", action="store_true", help="print the names that --arch takes, and end")
-    group.add_argument("--weights", metavar="NAME",
-                       help="a name such as IMAGENET1K_V2; a file: a torchvision state dict or a model.pt of this program; or "
-                            "none: random. Default: IMAGENET1K_V1 where the model has it, else torchvision's DEFAULT. For "
-                            "ResNets V1 is the plain softmax cross entropy recipe, whose features transfer better when frozen "
-                            "than those trained with label smoothing and mixup (Kornblith et al., NeurIPS 2021)")
-    group.add_argument("--image-size", type=positive_int, metavar="PIXELS",
-                       help="side that images are resized to (default: as the weights were trained)")
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive_int, default=5, metavar="N",
-                       help="passes over the training images; with --finetune last or all, those after the first step")
-    group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images per step of the optimizer")
-    group.add_argument("--optimizer", choices=("adam", "adamw"), default="adam",
-                       help="adamw takes the weight decay out of the gradient")
-    group.add_argument("--lr", type=positive_float, default=1e-3, metavar="RATE",
-                       help="learning rate at its highest; it falls to 0 along a cosine")
-    group.add_argument("--warmup", type=not_negative, default=0, metavar="EPOCHS",
-                       help="epochs over which the learning rate rises first, at most half of them")
-    group.add_argument("--weight-decay", type=not_negative, default=0, metavar="X",
-                       help="of weights; biases and the scales of norms are spared")
-    group.add_argument("--label-smoothing", type=fraction, default=0, metavar="X",
-                       help="share of each label that is spread over all classes")
-    group.add_argument("--class-weights", choices=("balanced",),
-                       help="balanced: in the loss every class counts the same, however many images it has")
-    group.add_argument("--augment", choices=(*VIEWS, "strong"), nargs="+", default="none",
-                       help="views of each training image, one drawn at random per epoch: flip adds the mirror image (for "
-                            "photographs), dihedral all eight flips and quarter turns (for images from above). strong, which "
-                            "needs a network that learns, adds TrivialAugmentWide, random erasing and CutMix or MixUp to flip, "
-                            "or to the views named beside it")
-    group.add_argument("--patience", type=positive_int, metavar="N",
-                       help="stop after N epochs without a better one on val")
-    group.add_argument("--max-minutes", type=positive_float, metavar="M",
-                       help="shorten the training to end within M minutes of the start, with a finished model; the pass over "
-                            "the images and one epoch are always done, and before a fine-tuning the classifier's own training")
-    group.add_argument("--seed", type=seed_number, default=0, metavar="N",
-                       help="of the new classifier, the order of images and the views drawn")
-    group = parser.add_argument_group("fine-tuning")
-    group.add_argument("--finetune", choices=("head", "last", "all"), default="head",
-                       help="what learns: the new classifier alone; with the network's last stage; or with all of the network. "
-                            "The classifier learns alone first (Kumar et al., Fine-tuning can distort pretrained features, "
-                            "ICLR 2022). BatchNorm keeps its pre-trained statistics, and learns scale and shift")
-    group.add_argument("--backbone-lr", type=positive_float, default=1e-4, metavar="RATE",
-                       help="--lr for what learns of the network")
-    group.add_argument("--clip-norm", type=positive_float, default=1.0, metavar="NORM",
-                       help="bound on the norm of the gradient")
-    group = parser.add_argument_group("search and spread, at the cost of seconds, since the features are there")
-    group.add_argument("--tune", type=positive_int, metavar="N",
-                       help="try N settings of learning rate, weight decay, label smoothing and epochs (up to --epochs) side "
-                            "by side, and train with the best on val; the table is OUT/tune.csv, the picture OUT/tune.png")
-    group.add_argument("--seeds", type=positive_int, default=1, metavar="K",
-                       help="train with K seeds from --seed on, and tell mean and standard deviation; the best on val is saved")
-    group = parser.add_argument_group("features remembered across runs")
-    group.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR",
-                       help="features are kept here by the content of image and network; a further run computes what is new")
-    group.add_argument("--no-cache", action="store_true", help="neither read nor write remembered features")
-    group.add_argument("--cache-limit", type=positive_float, default=20, metavar="GB",
-                       help="beyond this size, the features unused for longest are removed")
-    add_hardware_options(parser).add_argument(
-        "--compile", action="store_true", help="compile the network first: pays after some thousand images on a CPU, and "
-        "needs a C++ compiler")
+    add = parser.add_argument_group("data and output").add_argument
+    add("--data", type=Path, default=Path("data/eurosat"), metavar="DIR", help="image tree, as made by prepare_data.py")
+    add("--out", type=Path, metavar="DIR", help="output folder (default: runs/<name of the data folder>)")
+    add("--resume", action="store_true", help="continue the unfinished run in OUT, if there is one")
+    add("--restart", action="store_true", help="discard the unfinished run in OUT and start again")
+    better = "keep the model.pt in OUT, and exit with code 5, if its accuracy on val is higher than the new model's"
+    add("--only-if-better", action="store_true", help=better)
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", default="resnet50", help="a torchvision classification model")
+    add("--list-archs", action="store_true", help="print the names that --arch takes, and exit")
+    add("--weights", metavar="NAME", help=WEIGHTS_HELP)
+    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the input images (default: of the weights)")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=positive_int, default=5, metavar="N", help="passes over the training images")
+    add("--batch-size", type=positive_int, default=64, metavar="N", help="images per optimizer step")
+    add("--lr", type=positive_float, default=1e-3, metavar="RATE", help="peak learning rate, with cosine decay to 0")
+    add("--warmup", type=non_negative_float, default=0, metavar="EPOCHS", help="epochs of linear warm-up, at most half")
+    decay = "decoupled weight decay (AdamW; with 0 it is Adam), not applied to biases and normalization layers"
+    add("--weight-decay", type=non_negative_float, default=0, metavar="X", help=decay)
+    smoothing = "share of each label that is spread over all classes"
+    add("--label-smoothing", type=fraction, default=0, metavar="X", help=smoothing)
+    add("--class-weights", choices=("balanced",), help="balanced: all classes have the same total weight in the loss")
+    add("--augment", choices=(*VIEWS, "strong"), nargs="+", default="none", help=AUGMENT_HELP)
+    add("--patience", type=positive_int, metavar="N", help="stop after N epochs without improvement on val")
+    minutes = "shorten the schedule to finish M minutes after the start; the feature pass and one epoch always complete"
+    add("--max-minutes", type=positive_float, metavar="M", help=minutes)
+    add("--seed", type=seed_number, default=0, metavar="N", help="random seed")
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--finetune", choices=("head", "last", "all"), default="head", help=FINETUNE_HELP)
+    backbone_lr = "peak learning rate of the network's own layers"
+    add("--backbone-lr", type=positive_float, default=1e-4, metavar="RATE", help=backbone_lr)
+    add("--clip-norm", type=positive_float, default=1.0, metavar="NORM", help="largest norm of the gradient")
+    add = parser.add_argument_group("search and repetition (--finetune head)").add_argument
+    add("--tune", type=positive_int, metavar="N", help=TUNE_HELP)
+    seeds = "train with K seeds, report mean and standard deviation, and save the best on val"
+    add("--seeds", type=positive_int, default=1, metavar="K", help=seeds)
+    add = parser.add_argument_group("feature cache").add_argument
+    add("--cache", type=Path, default=default_cache(), metavar="DIR", help="folder where features are remembered")
+    add("--no-cache", action="store_true", help="neither read nor write remembered features")
+    limit = "remove the features that were not used for longest beyond this size"
+    add("--cache-limit", type=positive_float, default=20, metavar="GB", help=limit)
+    add = add_hardware_options(parser).add_argument
+    add("--compile", action="store_true", help="compile the network (needs a C++ compiler)")
     args = parser.parse_args(argv)
-    if args.image_size and args.image_size > LARGEST_SIZE:
-        parser.error(f"--image-size {args.image_size} is above {LARGEST_SIZE}")
+    if args.image_size and args.image_size > MAX_IMAGE_SIZE:
+        parser.error(f"--image-size {args.image_size} is above {MAX_IMAGE_SIZE}")
     if args.resume and args.restart:
         parser.error("--resume and --restart exclude each other")
     augment = [args.augment] if isinstance(args.augment, str) else args.augment
     args.strong, views = "strong" in augment, set(augment) - {"strong"} or {"flip"}
     if len(views) > 1:
-        parser.error(f"--augment {' '.join(augment)}: choose one of {', '.join(VIEWS)}, and strong with it or not")
+        parser.error(f"--augment {' '.join(augment)}: choose one of {', '.join(VIEWS)}, with or without strong")
     args.augment = views.pop()
     if args.finetune == "head" and args.strong:
-        parser.error("--augment strong needs a network that learns: --finetune last or all. The features of a frozen one are "
-                     "computed once for each of a few views")
-    if args.finetune == "head" and any(getattr(args, key) != parser.get_default(key) for key in ("backbone_lr", "clip_norm")):
-        parser.error("--backbone-lr and --clip-norm need a network that learns: --finetune last or all")
+        parser.error("--augment strong needs --finetune last or all: a frozen network sees an image once per view")
+    changed = [key for key in ("backbone_lr", "clip_norm") if getattr(args, key) != parser.get_default(key)]
+    if args.finetune == "head" and changed:
+        parser.error("--backbone-lr and --clip-norm need --finetune last or all")
     if args.finetune != "head" and (args.tune or args.seeds > 1):
-        parser.error("--tune and --seeds are for a frozen network, --finetune head")
+        parser.error("--tune and --seeds need a frozen network: --finetune head")
     args.out = args.out or Path("runs") / args.data.resolve().name
     return args
 
 
 def default_cache() -> Path:
+    """Return the default of --cache, in the user's cache folder."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home, as in some containers
+    except RuntimeError:  # a user without a home folder, as in some containers
         base = Path(tempfile.gettempdir())
     return base / "transfer-learning" / "features"
 
 
 @command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Train a classifier as the command line says, and return the exit code."""
     args, start = parse_args(argv), time.monotonic()
     if args.list_archs:
-        print("\n".join(architectures()))
-        return
-    if RANK == 0 and (args.out / ".lock").exists():  # whoever is in the way is told so before torch is loaded
-        with locked(args.out / ".lock"):
-            pass
-    device = join_processes(pick_device(args.device))
-    with contextlib.ExitStack() as lock, told_way_on(args):
-        job = share(lambda: prepare(args, lock))
-        frozen = FrozenModel(job.model, job.preprocessing, len(job.classes), device, args.precision, args.compile)
-        key = feature_key(job.model, job.model_kwargs, frozen, args.arch)
-        settings = run_settings(args, job, key)
-        if job.unfinished:
-            check_resumable(args, job.unfinished, settings)
-        if args.restart and RANK == 0:  # not earlier, where a wrong argument would have cost it
+        print("\n".join(list_architectures()))
+        return None
+    deadline = start + 60 * (args.max_minutes or math.inf)
+    lock = hold_lock(args.out / ".lock") if RANK == 0 else contextlib.nullcontext()
+    with lock, resume_hint(args.restart), process_group(args.device) as device:
+        dataset, network, unfinished, incumbent = broadcast_from_rank0(lambda: prepare(args))
+        model = InferenceModel(network, device, args.precision, args.compile)
+        files = RunFiles(args.out, run_settings(vars(args), dataset, model), not args.only_if_better)
+        if unfinished:
+            check_resumable(unfinished, files.settings, args.out)
+        if args.restart and RANK == 0:  # not before all arguments have been checked
             (args.out / "last.pt").unlink(missing_ok=True)
-        rival_acc = job.rival and measure_rival(job, device, args)
-        sample = sample_val(job, args)
-        deadline = start + 60 * (args.max_minutes or math.inf)
-        if args.finetune == "head":
-            data = extract_features(frozen, SimpleNamespace(splits=job.splits | sample.splits, files=job.files | sample.files),
-                                    key, args)
-            if RANK:
-                return  # one process is enough for a head
-            seen = data.pop("sample", None)
-            head = standardised_head(frozen, data["train"][0])
-            config, runs = train_heads(head, data, args, settings, deadline, job.unfinished)
-        else:
-            data = extract_features(frozen, job, key, args)
-            head, start_from = share(lambda: train_first_head(frozen, data, args))
-            del data
-            config, runs = finetune(frozen, head, start_from, job, args, settings, deadline)
-            seen = extract_features(frozen, sample, key, SimpleNamespace(**{**vars(args), "no_cache": True})).get("sample")
-            if RANK:
-                return
-        run = max(runs, key=lambda run: score(run["best"]))
-        head.load_state_dict(run["best"]["weights"])
-        fold_standardisation(head, frozen.model.get_submodule(frozen.cut[0]))
-        run["best"]["temperature_tta"] = calibrate_views(frozen, *seen) if seen else run["best"]["temperature"]
-        row = run["best"]["row"]
-        better = rival_acc is None or row["val_acc"] >= rival_acc
+        old_val_acc = measure_incumbent(incumbent, dataset, device, args) if incumbent else None
+        train_model = train_linear_probe if args.finetune == "head" else finetune
+        runs, temperature_tta = train_model(model, dataset, args, files, unfinished, deadline)
+        if RANK:
+            return None  # the first process alone writes the files and the report
+        run = best_run(runs)
+        row = run.best.row
+        better = old_val_acc is None or row["val_acc"] >= old_val_acc
         if better:
-            save_model(args, frozen, job, run["best"], config | {"seed": run.get("seed", args.seed)})
-            write_history(args.out / "history.csv", run["history"])
-            for stale in ("tune.csv", "tune.png") if not args.tune else ():  # of an earlier run
-                (args.out / stale).unlink(missing_ok=True)
-        save_last(args, settings, finished=True)
-    print(json.dumps({"model": str(args.out / "model.pt"), "history": str(args.out / "history.csv"), "arch": args.arch,
-                      "epochs": len(run["history"]), "best_epoch": row["epoch"],
-                      **{f"{split}_acc": row[f"{split}_acc"] for split in SPLITS}, **spread(runs, run),
-                      **({"tuned": config} if args.tune else {}),
-                      **({"kept_old": not better, "old_val_acc": rival_acc} if args.only_if_better else {}),
-                      "seconds": round(time.monotonic() - start, 1)}))
-    if not better:
-        log(f"kept the old {args.out / 'model.pt'}: accuracy on val {rival_acc:.4f}, of the new model {row['val_acc']:.4f}")
-        return EXIT_KEPT_OLD
+            files.publish(checkpoint_content(model, dataset.classes, run, temperature_tta, vars(args)), run, args.tune)
+        files.write_last({"finished": True})
+    report = {
+        "model": str(args.out / "model.pt"),
+        "history": str(args.out / "history.csv"),
+        "arch": args.arch,
+        "epochs": len(run.history),
+        "best_epoch": row["epoch"],
+        **{f"{split}_acc": row[f"{split}_acc"] for split in SPLITS},
+        **summarize_seeds(runs),
+        **({"tuned": asdict(run.hparams)} if args.tune else {}),
+        **({"kept_old": not better, "old_val_acc": old_val_acc} if args.only_if_better else {}),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    print(json.dumps(report))
+    if better:
+        return None
+    log(f"kept the old {args.out / 'model.pt'}: accuracy on val {old_val_acc:.4f}, of the new one {row['val_acc']:.4f}")
+    return EXIT_KEPT_OLD
 
 
 @contextlib.contextmanager
-def told_way_on(args):
-    """Where the block is interrupted, tell how to go on."""
+def resume_hint(restart: bool) -> Iterator[None]:
+    """Explain how to continue if the block is interrupted."""
     try:
         yield
     except KeyboardInterrupt:
-        log(f"stopped; the same command with --resume{' in place of --restart' * args.restart} goes on after the last finished "
-            "epoch, and knows the features so far")
+        option = "--resume in place of --restart" if restart else "--resume"
+        log(f"stopped; the same command with {option} continues after the last complete epoch")
         raise
 
 
-# ---------------------------------------------------------------- several processes
-
-def join_processes(device: torch.device) -> torch.device:
-    """Find the other processes that torchrun started, if it did."""
-    if WORLD > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                             timeout=datetime.timedelta(days=7))  # the others wait while the first one works
-        atexit.register(torch.distributed.destroy_process_group)
-    return device
-
-
-def share(make):
-    """What make() returns in the first process, in all of them. Where it fails, the others end without a word."""
-    if WORLD == 1:
-        return make()
-    box, error = [None, None], None
-    if RANK == 0:
-        try:
-            box[0] = make()
-        except Exception as raised:
-            box[1], error = getattr(raised, "exit_code", 1), raised
-    torch.distributed.broadcast_object_list(box)
-    if error:
-        raise error
-    if box[1]:
-        sys.exit(box[1])
-    return box[0]
+@contextlib.contextmanager
+def process_group(device_name: str | None) -> Iterator[torch.device]:
+    """Pick the device, and connect to the other processes during the block if torchrun started several."""
+    device = pick_device(device_name)
+    if WORLD_SIZE > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = datetime.timedelta(days=7)  # the others wait while the first process works alone
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    yield device
+    if WORLD_SIZE > 1:  # not after an error: it would wait for what the other processes never finish
+        torch.distributed.destroy_process_group()
 
 
-def gather(items: list) -> list:
-    """The items of all processes, in all of them."""
-    parts = [None] * WORLD
-    torch.distributed.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+# ---------------------------------------------------------------- data and settings of a run
 
 
-# ---------------------------------------------------------------- what to train on, where to write
+@dataclass
+class Dataset:
+    """An image tree."""
 
-def prepare(args, lock: contextlib.ExitStack) -> SimpleNamespace:
-    """Read the tree and the pre-trained model, and take hold of OUT: all that does not depend on the processor."""
-    classes, splits = read_tree(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    lock.enter_context(locked(args.out / ".lock"))
+    classes: list[str]  # in the order of the model's outputs
+    splits: dict[str, Split]  # those that exist
+
+
+@dataclass(frozen=True)
+class HParams:
+    """The hyper-parameters that --tune searches."""
+
+    lr: float  # peak learning rate
+    weight_decay: float  # decoupled
+    label_smoothing: float  # share of each label that is spread over all classes
+    epochs: int  # length of the schedule
+
+
+@dataclass
+class Epoch:
+    """A measured epoch."""
+
+    row: dict  # its row of the history
+    calibrated_nll: float  # cross entropy on val in nats, at the best temperature; 1 without val
+    temperature: float  # the best temperature
+    weights: dict | None = None  # the learner's state dict, if the epoch was the best so far
+
+
+@dataclass
+class Run:
+    """A training with one configuration and one seed."""
+
+    hparams: HParams
+    seed: int
+    history: list[dict] = field(default_factory=list)  # a row for each epoch
+    best: Epoch | None = None  # the best epoch so far
+
+    def to_dict(self) -> dict:
+        """Return the run as plain values and tensors."""
+        return {**vars(self), "hparams": asdict(self.hparams), "best": vars(self.best)}
+
+    @staticmethod
+    def from_dict(content: dict) -> Run:
+        """Make the run that `to_dict` described."""
+        return Run(**{**content, "hparams": HParams(**content["hparams"]), "best": Epoch(**content["best"])})
+
+
+@dataclass
+class UnfinishedRun:
+    """The state of an interrupted training, from last.pt."""
+
+    settings: dict  # all that shapes its result, see `run_settings`
+    completed: list[Run]  # those of earlier seeds
+    run: Run  # the interrupted one
+    optimizer: dict  # state dict after the last complete epoch
+    weights: dict  # the learner's state dict after that epoch
+
+
+def prepare(args: argparse.Namespace) -> tuple[Dataset, Network, UnfinishedRun | None, Checkpoint | None]:
+    """Read all input: the tree, the pre-trained network, the unfinished run, and the model to compare with."""
+    needs_val = [name for name in ("tune", "patience", "only_if_better") if getattr(args, name)]
+    classes, listing = list_tree(args.data, [f"--{name.replace('_', '-')}" for name in needs_val])
+    log_class_sizes(args.data, classes, listing, args.class_weights is not None)
     for leftover in args.out.glob(".*.tmp"):  # of a killed run
         leftover.unlink()
-    unfinished, rival = read_unfinished(args), read_rival(args, classes)
-    model, preprocessing, model_kwargs = load_pretrained(args, len(classes))
-    files = {split: hash_files(paths, args.workers) for split, (paths, _) in splits.items()}
-    return SimpleNamespace(classes=classes, splits=splits, files=files, unfinished=unfinished, rival=rival, model=model,
-                           preprocessing=preprocessing, model_kwargs=model_kwargs)
+    unfinished = read_unfinished(args.out, args.resume, args.restart)
+    incumbent = read_incumbent(args.out / "model.pt", classes, args.data) if args.only_if_better else None
+    network = load_pretrained(args.arch, args.weights, len(classes), args.image_size, args.seed)
+    splits = {}
+    for name, (paths, targets) in listing.items():
+        splits[name] = Split(paths, torch.tensor(targets), *hash_images(paths, args.workers))
+    return Dataset(classes, splits), network, unfinished, incumbent
 
 
-def read_tree(args):
-    """(classes, {split: (paths, targets)}) of an ImageFolder tree; the classes are those of train/."""
-    data = args.data
+def list_tree(data: Path, needs_val: list[str]) -> tuple[list[str], dict[str, tuple[list[str], list[int]]]]:
+    """List an image tree: (class names, {split: (paths, class indices)}). The classes are those of train/.
+
+    Raises UserError for a folder that is not such a tree, and for one without val/ if there are options that need it.
+    """
     if not data.is_dir():
         raise UserError(f"no such folder: {data}; make one with prepare_data.py")
     if not (data / "train").is_dir():
-        raise UserError(f"{data} has no train/ folder; make a tree with: prepare_data.py --source {data} --out <new folder>")
-    classes, splits = None, {}
+        raise UserError(f"{data} has no train/ folder; make a tree: prepare_data.py --source {data} --out NEW_FOLDER")
+    classes, listing = None, {}
     for split in (name for name in SPLITS if (data / name).is_dir()):
-        paths, classes, targets = read_split(data / split, classes)
+        paths, classes, targets = list_split(data / split, classes)
         if len(classes) < 2:
-            raise UserError(f"{data / split} has one class, {classes[0]}; a classifier needs two or more")
-        splits[split] = paths, torch.tensor(targets)
+            raise UserError(f"{data / split} has only one class, {classes[0]}; a classifier needs at least two")
+        listing[split] = paths, targets
+    if "val" not in listing:
+        if needs_val:
+            raise UserError(f"{' and '.join(needs_val)}: {data} has no val/ to choose on; prepare_data.py makes one")
+        log(f"{data} has no val/: nothing is selected; the last epoch is the model, the temperature is 1")
+    return classes, listing
+
+
+def log_class_sizes(data: Path, classes: list[str], listing: dict, balanced: bool) -> None:
+    """Log the size of the data set, with warnings about classes without images, unequal classes and ignored folders."""
+    for split, (_, targets) in listing.items():
         if absent := [name for index, name in enumerate(classes) if index not in set(targets)]:
             log(f"warning: {data / split} has no images of {', '.join(absent)}")
-    if "val" not in splits:
-        if wanted := [f"--{name}" for name in ("tune", "patience", "only-if-better") if getattr(args, name.replace("-", "_"))]:
-            raise UserError(f"{' and '.join(wanted)}: {data} has no val/ to choose on; prepare_data.py makes one")
-        log(f"{data} has no val/: nothing is selected; the last epoch is the model, the temperature is 1")
-    counts = {name: int(count) for name, count in zip(classes, splits["train"][1].bincount(minlength=len(classes)))}
-    if args.class_weights is None and max(counts.values()) >= IMBALANCED * min(counts.values()):
-        told = [f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1])]
-        told = told if len(told) <= 20 else [*told[:5], "...", *told[-5:]]
-        log(f"warning: {data / 'train'} is imbalanced, and rare classes will be found less often: {', '.join(told)}; "
-            "--class-weights balanced lets all classes count the same")
+    targets = listing["train"][1]
+    counts = sorted(((targets.count(index), name) for index, name in enumerate(classes)), key=lambda pair: -pair[0])
+    if not balanced and counts[0][0] >= IMBALANCE_RATIO * counts[-1][0]:
+        texts = [f"{count} {name}" for count, name in counts]
+        texts = texts if len(texts) <= 20 else [*texts[:5], "...", *texts[-5:]]
+        log(
+            f"warning: {data / 'train'} is imbalanced, rare classes will be recognized less often: {', '.join(texts)}; "
+            "--class-weights balanced gives all classes the same weight"
+        )
     if ignored := [name for name in class_folders(data) if name not in SPLITS]:
         log(f"warning: ignored in {data}: {', '.join(ignored)}")
-    log(f"{data}: {len(classes)} classes, " + ", ".join(f"{len(targets)} {split}" for split, (_, targets) in splits.items()))
-    return classes, splits
+    sizes = ", ".join(f"{len(targets)} {split}" for split, (_, targets) in listing.items())
+    log(f"{data}: {len(classes)} classes, {sizes}")
 
 
-def read_unfinished(args) -> dict | None:
-    """The state of the unfinished run in OUT if --resume asks for it; None where there is none, or --restart discards it."""
-    last = args.out / "last.pt"
-    if args.restart or not last.exists():
-        state = {"finished": True}
-    else:
+def read_unfinished(folder: Path, resume: bool, restart: bool) -> UnfinishedRun | None:
+    """Return the state of the unfinished run in a folder, to be resumed; None if there is none, or it is discarded.
+
+    Raises UserError for an unfinished run if neither --resume nor --restart is given, and for a damaged last.pt.
+    """
+    last = folder / "last.pt"
+    content = {"finished": True}
+    if last.exists() and not restart:
         try:
-            state = read_torch_file(last)
+            content = read_torch_file(last)
         except UserError as error:
             raise UserError(f"{error}; discard it with --restart") from None
-        kinds = {"settings": dict, "config": dict, "runs": list, "history": list, "best": dict, "optimizer": dict,
-                 "weights": dict}
-        if (state.get("format") != RUN_FORMAT or state.get("version") != FORMAT_VERSION or state.get("finished") is not True
-                and not all(isinstance(state.get(key), kind) for key, kind in kinds.items())):
-            raise UserError(f"{last} is not the state of a run of this train.py; discard it with --restart")
-    if state.get("finished"):
-        if args.resume:
-            log(f"nothing to resume in {args.out}: starting")
+    if content.get("finished"):
+        if resume:
+            log(f"nothing to resume in {folder}: starting a new run")
         return None
-    if not args.resume:
-        raise UserError(f"{args.out} holds an unfinished run ({len(state['history'])} epochs done): "
-                        "go on with --resume, or discard it with --restart")
-    return state
+    try:
+        if (content["format"], content["version"]) != (RUN_FORMAT, RUN_VERSION):
+            raise ValueError
+        fields = {key: content[key] for key in ("settings", "optimizer", "weights")}
+        completed = [Run.from_dict(run) for run in content["completed"]]
+        unfinished = UnfinishedRun(completed=completed, run=Run.from_dict(content["run"]), **fields)
+    except (LookupError, TypeError, ValueError):
+        reason = "is damaged, or of another version of this program"
+        raise UserError(f"the state of the unfinished run in {last} {reason}; discard it with --restart") from None
+    if not resume:
+        epochs = len(unfinished.run.history)
+        hint = "continue it with --resume, or discard it with --restart"
+        raise UserError(f"{folder} holds an unfinished run ({epochs} epochs done): {hint}")
+    return unfinished
 
 
-def check_resumable(args, state: dict, settings: dict):
-    """Raise UserError naming what differs between the run to resume and this one."""
-    before = state["settings"]
-    if different := [f"{key} was {before.get(key)}, is {value}" for key, value in settings.items() if value != before.get(key)]:
-        raise UserError(f"cannot resume {args.out}, for something differs: {'; '.join(different)}; discard it with --restart")
-
-
-def read_rival(args, classes: list[str]) -> tuple[dict, torch.nn.Module] | None:
-    """The checkpoint in OUT that --only-if-better compares with, if there is one; UserError where it has other classes."""
-    path = args.out / "model.pt"
-    if not args.only_if_better or not path.exists():
-        if args.only_if_better:
-            log(f"--only-if-better: no {path} yet")
+def read_incumbent(path: Path, classes: list[str], data: Path) -> Checkpoint | None:
+    """Read the model that --only-if-better compares with, if there is one. Raises UserError if its classes differ."""
+    if not path.exists():
+        log(f"--only-if-better: there is no {path} yet")
         return None
-    checkpoint, model = read_checkpoint(path)
-    if different := sorted(set(classes) ^ set(checkpoint["classes"])):
-        raise UserError(f"--only-if-better: {path} cannot be compared, for not both it and {args.data} have the class "
-                        f"{', '.join(different[:5])}; choose another --out")
-    return checkpoint, model
+    incumbent = read_checkpoint(path)
+    if different := sorted(set(classes) ^ set(incumbent.classes)):
+        raise UserError(
+            f"--only-if-better: {path} and {data} cannot be compared, because only one of them has the class "
+            f"{', '.join(different[:5])}; choose another --out"
+        )
+    return incumbent
 
 
-def measure_rival(job: SimpleNamespace, device: torch.device, args) -> float | None:
-    """The accuracy on val, 0..1, of the checkpoint in OUT; only the first process has it."""
+def run_settings(arguments: dict, dataset: Dataset, model: InferenceModel) -> dict:
+    """Return all that shapes the result of a run, as plain values: a run is resumed only if they are the same."""
+    without = "resume restart only_if_better list_archs out workers cache no_cache cache_limit compile max_minutes"
+    settings = {name: value for name, value in plain_values(arguments).items() if name not in without.split()}
+    if arguments["finetune"] != "head":
+        settings["processes"] = WORLD_SIZE
+    images = []
+    for name, split in dataset.splits.items():
+        images += [(name, target, sha256) for target, sha256 in zip(split.targets.tolist(), split.sha256)]
+    digests = {"images": digest_of(images), "network and libraries": digest_of(feature_key(model))}
+    return {**settings, "classes": dataset.classes, **digests}
+
+
+def check_resumable(unfinished: UnfinishedRun, settings: dict, folder: Path) -> None:
+    """Raise UserError that names what differs between the settings of the unfinished run and these."""
+    before = unfinished.settings
+    if different := [key for key, value in settings.items() if value != before.get(key)]:
+        texts = [f"{key} was {before.get(key)}, is {settings[key]}" for key in different]
+        raise UserError(f"cannot resume {folder}: {'; '.join(texts)}; discard the unfinished run with --restart")
+
+
+def plain_values(arguments: dict) -> dict:
+    """Return arguments of the command line as plain values."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
+
+
+def measure_incumbent(
+    incumbent: Checkpoint, dataset: Dataset, device: torch.device, args: argparse.Namespace
+) -> float | None:
+    """Return the accuracy on val, 0..1, of the model in OUT; None in all processes but the first."""
     log(f"--only-if-better: measuring {args.out / 'model.pt'} on val")
-    checkpoint, model = job.rival
-    classes = checkpoint["classes"]
-    precision = checkpoint_precision(checkpoint, args.precision)
-    frozen = FrozenModel(model, checkpoint["preprocessing"], len(classes), device, precision)
-    key = feature_key(model, checkpoint["model_kwargs"], frozen, checkpoint["arch"])
-    only_val = SimpleNamespace(splits={"val": job.splits["val"]}, files={"val": job.files["val"]})
-    data = extract_features(frozen, only_val, key, args)
+    model = InferenceModel(incumbent, device, checkpoint_precision(incumbent, args.precision))
+    val, cache = dataset.splits["val"], open_cache(model, args)
+    features = extract_features(model, [FeatureRequest(val, VIEWS["none"])], cache, args.out, args.workers)
     if RANK:
         return None
-    features, targets = data["val"]
-    wanted = torch.tensor([classes.index(name) for name in job.classes], device=targets.device)[targets]
-    return (logits_in_chunks(frozen, features[0]).argmax(1).to(wanted.device) == wanted).sum().item() / len(targets)
+    targets = torch.tensor([incumbent.classes.index(name) for name in dataset.classes])[val.targets]
+    predicted = model.forward_cached(features[0][0]).argmax(1).cpu()
+    return (predicted == targets).sum().item() / len(val)
 
 
-def run_settings(args, job: SimpleNamespace, key: dict) -> dict:
-    """All that shapes the result, as plain values: arguments, classes, digests of the images and of what features depend on."""
-    without = ("resume", "restart", "only_if_better", "list_archs", "out", "workers", "cache", "no_cache", "cache_limit",
-               "compile", "max_minutes")
-    values = {name: value for name, value in plain_arguments(args).items() if name not in without}
-    images = [(split, target, sha256) for split, (_, targets) in job.splits.items()
-              for target, (sha256, _) in zip(targets.tolist(), job.files[split])]
-    if args.finetune != "head":
-        values["processes"] = WORLD
-    return values | {"classes": job.classes, "images": digest_of(images), "network and libraries": digest_of(key)}
+def open_cache(model: InferenceModel, args: argparse.Namespace) -> FeatureCache:
+    """Return a model's feature cache, as --cache, --no-cache and --cache-limit say; only the first process has one."""
+    folder = None if args.no_cache or RANK else args.cache
+    return FeatureCache(folder, feature_key(model), args.cache_limit * 1e9)
 
 
-def plain_arguments(args) -> dict:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+# ---------------------------------------------------------------- the training loop
 
 
-def digest_of(value) -> str:
-    """A digest of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+class Learner(Protocol):
+    """What `fit` trains: one or more models that learn side by side from the same batches.
 
-
-# ---------------------------------------------------------------- the pre-trained model
-
-def architectures() -> list[str]:
-    return torchvision.models.list_models(module=torchvision.models)
-
-
-def load_pretrained(args, classes: int):
-    """Build torchvision's --arch with pre-trained weights and a new classifier for `classes` classes.
-
-    Returns the model, its preprocessing and the arguments that torchvision needs to build the same model again. An
-    auxiliary classifier (googlenet, inception_v3) serves only training from scratch and is removed.
+    `active` are the numbers of the models that are still being trained, A of them.
     """
-    if args.arch not in architectures():
-        near = difflib.get_close_matches(args.arch, architectures(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see --list-archs"
-        raise UserError(f"unknown --arch {args.arch}; {hint}")
-    entries = torchvision.models.get_model_weights(args.arch)
-    names = dict(entries.__members__)
-    name = args.weights or ("IMAGENET1K_V1" if "IMAGENET1K_V1" in names else "DEFAULT")
-    name = name.removeprefix(f"{entries.__name__}.")
-    default = names.get(name) or names.get("IMAGENET1K_V1") or entries.DEFAULT
-    preprocessing, outputs = preset(default), 1000
-    size = args.image_size or preprocessing["size"]
-    if name in names:
-        model = download_pretrained(args.arch, default)
-    elif name == "none":
-        torch.manual_seed(args.seed)
-        model = fresh_model(args.arch, size)
-        log(f"warning: --weights none: {args.arch} is random; the features of a frozen random network tell little")
-    elif Path(name).exists():
-        model, outputs, preprocessing = read_pretrained(args.arch, Path(name), size, preprocessing)
+
+    device: torch.device
+    targets: dict[str, torch.Tensor]  # class indices [N] of each split, on the device
+    steps_per_epoch: int
+    distributed: bool  # whether each process has a share of every step
+
+    def param_groups(self, hparams: Sequence[HParams]) -> list[dict]:
+        """Return the optimizer's parameter groups, with `peak` (learning rate) and `epochs` of each."""
+
+    def train_batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+        """Yield the steps of an epoch: inputs, class indices [B] or probabilities [B, C], and this process's share."""
+
+    def forward(self, inputs: torch.Tensor, active: list[int]) -> torch.Tensor:
+        """Return the logits [B, A, C] of the active models."""
+
+    def clip_gradients(self) -> None:
+        """Bound the norm of the gradients, if the learner does so."""
+
+    def eval_batches(self, split: str, active: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield logits [B, A, C] and class indices [B] of the images of a split, unaugmented, without gradients."""
+
+    def state_dict(self, index: int) -> dict[str, torch.Tensor]:
+        """Return a copy of the weights of a model."""
+
+    def load_state_dict(self, weights: dict[str, torch.Tensor]) -> None:
+        """Restore the weights of the only model."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train, whatever the hyper-parameters."""
+
+    batch_size: int
+    seed: int
+    warmup: float = 0  # epochs of linear warm-up, at most half of the schedule
+    patience: int | None = None  # epochs without improvement on val after which to stop
+    balanced: bool = False  # whether all classes have the same total weight in the loss
+    deadline: float = math.inf  # the time (of time.monotonic) until which to finish
+
+
+@dataclass
+class Measurement:
+    """A model on a split: mean cross entropy in nats and accuracy in 0..1; on val also what `calibrate` finds."""
+
+    loss: float
+    acc: float
+    temperature: float = 1.0
+    calibrated_nll: float = 1.0
+
+
+def fit(
+    learner: Learner,
+    runs: Sequence[Run],
+    splits: Sequence[str],
+    options: TrainOptions,
+    unfinished: UnfinishedRun | None = None,
+    after_epoch: Callable[[Run, Epoch, dict, dict], None] | None = None,
+) -> list[Run]:
+    """Train the learner's models with cross entropy, one for each of the new runs, and return the completed runs.
+
+    The learning rate warms up linearly and then decays to 0 along a cosine. Where the deadline leaves no time for all
+    epochs, the schedule is shortened; the first epoch is always completed. After each epoch the splits are measured,
+    and after_epoch(run, epoch, optimizer state, weights) is called for the first model. `unfinished` continues its run.
+    Raises UserError if the loss of a single model is not finite; of several models such a one is just the worst.
+    """
+    groups = learner.param_groups([run.hparams for run in runs])
+    optimizer = torch.optim.AdamW(groups, fused=learner.device.type != "mps")
+    runs = [replace(run, history=[]) for run in runs]
+    if unfinished:
+        runs = [unfinished.run]
+        optimizer.load_state_dict(unfinished.optimizer)
+        learner.load_state_dict(unfinished.weights)
+        log(f"resumed after epoch {len(runs[0].history)}")
+    for epoch in range(len(runs[0].history) + 1, max(run.hparams.epochs for run in runs) + 1):
+        start = time.monotonic()
+        limit = epochs_until(options.deadline, runs, epoch - 1)
+        if learner.distributed:
+            limit = broadcast_from_rank0(lambda limit=limit: limit)  # all processes have to agree
+        lengths = [min(run.hparams.epochs, limit) for run in runs]
+        active = [index for index, run in enumerate(runs) if epoch <= lengths[index] and has_patience(run, options)]
+        if not active:
+            reason = "no time for another" if epoch > limit else f"{options.patience} epochs without improvement on val"
+            log(f"stopped after epoch {epoch - 1}: {reason}")
+            break
+        train_one_epoch(learner, optimizer, runs, active, epoch, limit, options)
+        results = {split: evaluate(learner, split, active) for split in splits}
+        if len(runs) == 1:
+            check_finite([results[split][0].loss for split in splits], epoch, optimizer)
+        seconds = round(time.monotonic() - start, 3)
+        for number, index in enumerate(active):
+            run, measured = runs[index], {split: results[split][number] for split in splits}
+            rate = run.hparams.lr * lr_factor(epoch - 1, lengths[index], options.warmup)
+            latest = make_epoch(epoch, rate, measured, seconds)
+            run.history.append(latest.row)
+            if run.best is None or selection_key(latest) > selection_key(run.best):
+                run.best = replace(latest, weights=learner.state_dict(index))
+            if after_epoch and index == 0:
+                after_epoch(run, latest, optimizer.state_dict(), learner.state_dict(0))
+    return runs
+
+
+def train_one_epoch(
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    runs: Sequence[Run],
+    active: list[int],
+    epoch: int,
+    limit: float,
+    options: TrainOptions,
+) -> None:
+    """Train the active models for one epoch of a schedule that ends after `limit` epochs at the latest."""
+    weights = balanced_weights(learner.targets["train"]) if options.balanced else None
+    smoothing = torch.tensor([runs[index].hparams.label_smoothing for index in active], device=learner.device)
+    losses, steps = [], learner.steps_per_epoch
+    for step, (inputs, targets, share) in enumerate(learner.train_batches(epoch)):
+        for group in optimizer.param_groups:
+            length = min(group["epochs"], limit)
+            group["lr"] = group["peak"] * lr_factor(epoch - 1 + step / steps, length, options.warmup)
+        loss = cross_entropies(learner.forward(inputs, active), targets, smoothing, weights)
+        optimizer.zero_grad()
+        (share * loss.sum()).backward()
+        learner.clip_gradients()
+        optimizer.step()
+        losses.append(loss.detach())
+        if len(runs) == 1 and (step % 50 == 49 or step + 1 == steps):  # not at each step: a GPU would have to wait
+            check_finite(torch.cat(losses).tolist(), epoch, optimizer)
+
+
+def evaluate(learner: Learner, split: str, active: list[int]) -> list[Measurement]:
+    """Measure each active model on a split."""
+    losses = correct = count = 0
+    kept = []
+    for logits, targets in learner.eval_batches(split, active):
+        wanted = targets[:, None].expand(logits.shape[:2])
+        loss = torch.nn.functional.cross_entropy(logits.permute(0, 2, 1), wanted, reduction="none")
+        losses += loss.sum(0).cpu().double()
+        correct += (logits.argmax(2) == wanted).sum(0).cpu().double()
+        count += len(targets)
+        if split == "val":
+            every = math.ceil(len(learner.targets["val"]) * logits.shape[2] / 5e6)  # a sample of a very large set
+            kept.append((logits[::every].cpu(), targets[::every].cpu()))
+    if learner.distributed and WORLD_SIZE > 1:  # each process has measured its own share of the images
+        parts, kept = all_gather_list([(losses, correct, count)]), all_gather_list(kept)
+        losses, correct, count = map(sum, zip(*parts))
+    results = [Measurement(loss, acc) for loss, acc in zip((losses / count).tolist(), (correct / count).tolist())]
+    if kept:
+        logits, targets = (torch.cat(parts) for parts in zip(*kept))
+        pairs = zip(results, logits.unbind(1))
+        results = [Measurement(result.loss, result.acc, *calibrate(own, targets)) for result, own in pairs]
+    return results
+
+
+def make_epoch(epoch: int, rate: float, measured: dict[str, Measurement], seconds: float) -> Epoch:
+    """Make the record of an epoch from what was measured on each split."""
+    row = {"epoch": epoch, "lr": rate}
+    for split in SPLITS:
+        row[f"{split}_loss"] = measured[split].loss if split in measured else None
+        row[f"{split}_acc"] = measured[split].acc if split in measured else None
+    row["seconds"] = seconds
+    val = measured.get("val", Measurement(0, 0))
+    return Epoch(row, val.calibrated_nll, val.temperature)
+
+
+def epochs_until(deadline: float, runs: Sequence[Run], done: int) -> float:
+    """Return how many epochs, with those already done, can end before the deadline, judged by the last epoch's time."""
+    longest = max((run.history[-1]["seconds"] for run in runs if run.history), default=0)
+    if deadline == math.inf or not longest:
+        return math.inf
+    return done + int(max(0, deadline - time.monotonic()) / (1.05 * longest))
+
+
+def lr_factor(epochs: float, length: float, warmup: float) -> float:
+    """Return the factor of the learning rate after so many epochs: linear warm-up, then half a cosine down to 0."""
+    warmup = min(warmup, length / 2)
+    if epochs < warmup:
+        return max(epochs / warmup, 0.01)
+    return 0.5 * (1 + math.cos(math.pi * min(1, (epochs - warmup) / (length - warmup))))
+
+
+def selection_key(epoch: Epoch) -> tuple[float, ...]:
+    """Return the key by which epochs, configurations and seeds are compared; the largest is the best.
+
+    It is the val loss at the best temperature, negated, then the plain one: accuracy on a few thousand images is coarse
+    and noisy, and the plain loss penalizes what the temperature corrects (Berta et al., Rethinking early stopping:
+    refine, then calibrate, 2025). Without val, the last epoch is the best.
+    """
+    row = epoch.row
+    return (row["epoch"],) if row["val_loss"] is None else (-epoch.calibrated_nll, -row["val_loss"])
+
+
+def best_run(runs: Sequence[Run]) -> Run:
+    """Return the run with the best epoch."""
+    return max(runs, key=lambda run: selection_key(run.best))
+
+
+def has_patience(run: Run, options: TrainOptions) -> bool:
+    """Return whether the best epoch is recent enough to continue."""
+    if not options.patience or not run.history:
+        return True
+    return len(run.history) - run.best.row["epoch"] < options.patience
+
+
+def balanced_weights(targets: torch.Tensor) -> torch.Tensor:
+    """Return class weights [C] with mean 1 over the images [N], so that every class has the same total weight."""
+    counts = targets.bincount()
+    return (counts.sum() / (len(counts) * counts)).float()
+
+
+def cross_entropies(
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the mean cross entropy [A] in nats of each of A models.
+
+    Takes logits [B, A, C], class indices [B] or probabilities [B, C], the label smoothing [A] and class weights [C].
+    """
+    num_classes = logits.shape[2]
+    if targets.dim() == 1:
+        targets = torch.nn.functional.one_hot(targets, num_classes)
+    smoothed = targets[:, None] * (1 - smoothing[:, None]) + smoothing[:, None] / num_classes
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), smoothed.flatten(0, 1), weights, reduction="none")
+    return loss.view(logits.shape[:2]).mean(0)
+
+
+def calibrate(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
+    """Return the temperature that minimizes the cross entropy of logits [N, C] / temperature, and that loss in nats.
+
+    (Guo et al., ICML 2017.) With no errors the optimal temperature is 0; return 1, and a loss of 0. The loss is convex
+    in 1 / temperature, whose optimum in 1/20..20 is found by Newton's method.
+    """
+    logits, own = logits.double(), logits.gather(1, targets[:, None]).double()
+    if not logits.isfinite().all():
+        return 1.0, math.inf
+    if (logits.argmax(1) == targets).all():
+        return 1.0, 0.0
+    inverse_temperature = 1.0
+    for _ in range(50):
+        shares = (logits * inverse_temperature).softmax(1)
+        mean = (shares * logits).sum(1, keepdim=True)
+        slope = (mean - own).mean().item()
+        curvature = (shares * (logits - mean).square()).sum(1).mean().item()
+        before = inverse_temperature
+        inverse_temperature = min(max(before - slope / max(curvature, 1e-12), before / 2, 0.05), before * 2, 20)
+        if abs(inverse_temperature - before) < 1e-7 * before:
+            break
+    loss = torch.nn.functional.cross_entropy(logits * inverse_temperature, targets).item()
+    return 1 / inverse_temperature, loss
+
+
+def param_groups(module: torch.nn.Module, lr: float, hparams: HParams) -> list[dict]:
+    """Return optimizer groups of a module's trainable parameters; biases, scales and vectors have no weight decay."""
+    groups = ([], hparams.weight_decay), ([], 0.0)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            own = name.rpartition(".")[2]  # Swin's tables of position biases have two dimensions
+            groups[parameter.dim() <= 1 or "bias" in own or "scale" in own][0].append(parameter)
+    common = {"lr": lr, "peak": lr, "epochs": hparams.epochs}
+    return [{"params": members, "weight_decay": decay, **common} for members, decay in groups if members]
+
+
+def check_finite(losses: Sequence[float], epoch: int, optimizer: torch.optim.Optimizer) -> None:
+    """Raise UserError if a loss of this epoch is not finite."""
+    if wrong := [loss for loss in losses if not math.isfinite(loss)]:
+        rates = " and ".join(f"{rate:g}" for rate in sorted({group["lr"] for group in optimizer.param_groups}))
+        raise UserError(
+            f"the loss became {wrong[0]} in epoch {epoch}, with learning rate {rates}: lower --lr, or --backbone-lr "
+            "when fine-tuning (discard the unfinished run with --restart)"
+        )
+
+
+def epoch_generator(seed: int, epoch: int, rank: int | None = None) -> torch.Generator:
+    """Return a random generator that depends on seed, epoch and, if given, process alone."""
+    values = (seed, epoch) if rank is None else (seed, epoch, rank)
+    return torch.Generator().manual_seed(hash(values))
+
+
+# ---------------------------------------------------------------- linear probe: a classifier on cached features
+
+
+class LabeledFeatures(NamedTuple):
+    """Features [views, N, D] of images, and their class indices [N]."""
+
+    features: torch.Tensor
+    targets: torch.Tensor
+
+
+ProbeData = dict[str, LabeledFeatures]  # of each split
+
+
+def train_linear_probe(
+    model: InferenceModel,
+    dataset: Dataset,
+    args: argparse.Namespace,
+    files: RunFiles,
+    unfinished: UnfinishedRun | None,
+    deadline: float,
+) -> tuple[list[Run], float]:
+    """Train the classifier on the frozen network's features: the run of each seed, and the temperature for --tta.
+
+    With --tune the hyper-parameters are searched first. The model receives the best classifier. Only the first process
+    trains; the others get no runs.
+    """
+    views = VIEWS[args.augment]
+    sample = calibration_sample(dataset, views)
+    splits = dataset.splits.items()
+    requests = [FeatureRequest(split, views if name == "train" else VIEWS["none"]) for name, split in splits]
+    requests += [FeatureRequest(sample, views)] if sample else []
+    features = extract_features(model, requests, open_cache(model, args), args.out, args.workers)
+    if RANK:
+        return [], 1.0  # one process is enough for a linear probe
+    data = label_features(dataset, features, model.device)
+    head = standardized_head(model.head, data["train"].features)
+    options = train_options(args, deadline)
+    if unfinished:
+        hparams, runs = unfinished.run.hparams, unfinished.completed
     else:
-        raise UserError(f"--weights {name}: neither a file nor one of {', '.join(names)}, none")
-    remove_auxiliary(model)
-    replace_head(model, outputs, classes, args.seed)
-    kwargs = {key: getattr(model, key) for key in ("aux_logits", "transform_input", "image_size") if hasattr(model, key)}
-    return model, preprocessing | ({"size": size} if args.image_size else {}), {"num_classes": classes, **kwargs}
+        hparams, runs = HParams(args.lr, args.weight_decay, args.label_smoothing, args.epochs), []
+        if args.tune:
+            hparams = tune(head, data, hparams, args.tune, options, args.out)
+    for seed in range(args.seed + len(runs), args.seed + args.seeds):
+        now = time.monotonic()
+        if runs and now > deadline:
+            log(f"no time left for seed {seed} and later ones")
+            break
+        if args.seeds > 1:
+            log(f"seed {seed}")
+        time_share = (deadline - now) / (args.seeds - len(runs))
+        options = replace(options, seed=seed, deadline=now + time_share)
+        probes = LinearProbes(head, data, options)
+        if seed != args.seed:
+            initialize_classifier(probes.heads[0][1], seed)
+        save = functools.partial(files.record_epoch, runs)
+        runs = [*runs, *fit(probes, [Run(hparams, seed)], list(data), options, unfinished, save)]
+        unfinished = None
+    best = best_run(runs).best
+    head.load_state_dict(best.weights)
+    fold_standardization(head, model.head)
+    return runs, calibrate_views(model, features[-1], sample.targets) if sample else best.temperature
 
 
-def fresh_model(arch: str, size: int) -> torch.nn.Module:
-    """torchvision's model with random weights and 1000 outputs; a ViT, which knows its image size, is made for this one."""
-    model = build_model(arch, {})
-    if getattr(model, "image_size", size) != size:
-        try:
-            model = build_model(arch, {"image_size": size})
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--image-size {size}: {arch} cannot take it: {one_line(error)}") from None
-    return model
+def train_options(args: argparse.Namespace, deadline: float) -> TrainOptions:
+    """Return the training options of the command line."""
+    balanced = args.class_weights == "balanced"
+    return TrainOptions(args.batch_size, args.seed, args.warmup, args.patience, balanced, deadline)
 
 
-def preset(weights) -> dict:
-    """The preprocessing that a torchvision weights entry was trained with."""
-    transform = weights.transforms()
-    return {"size": transform.crop_size[0], "interpolation": transform.interpolation.value,
-            "mean": list(transform.mean), "std": list(transform.std)}
-
-
-def download_pretrained(arch: str, weights) -> torch.nn.Module:
-    """torchvision's model with weights from its download cache or the network."""
-    try:
-        return torchvision.models.get_model(arch, weights=weights, progress=sys.stderr.isatty())
-    except (OSError, RuntimeError, http.client.HTTPException) as error:  # an interrupted download has an "invalid hash value"
-        raise UserError(f"cannot download {weights} from {weights.url}: {one_line(error)}; download it elsewhere and give the "
-                        "file with --weights FILE, or train from random weights with --weights none") from None
-
-
-def read_pretrained(arch: str, path: Path, size: int, preprocessing: dict) -> tuple[torch.nn.Module, int, dict]:
-    """Read weights from a file: (model, number of its classes, preprocessing). The file's classifier may have any class count.
-
-    A checkpoint of this program brings its own preprocessing; a plain state dict is taken to be trained with that given.
-    """
-    content = read_torch_file(path)
-    if is_checkpoint(content):
-        content, model = read_checkpoint(path)
-        if content["arch"] != arch:
-            raise UserError(f"{path} is a {content['arch']}; pass --arch {content['arch']}")
-        return model, len(content["classes"]), content["preprocessing"]
-    model, outputs = fresh_model(arch, size), 1000
-    if hasattr(model, "transform_input"):  # googlenet, inception_v3: ImageNet weights expect it, a state dict cannot say so
-        model.transform_input = True
-    if not any(key.startswith(("aux1.", "AuxLogits.")) for key in content):
-        remove_auxiliary(model)
-    weight = content.get(f"{find_head(model, outputs)}.weight")
-    if torch.is_tensor(weight) and weight.dim() and len(weight) != outputs:
-        replace_head(model, outputs, len(weight))
-        outputs = len(weight)
-    load_weights(model, content, f"{arch} (choose another with --arch)", path)
-    return model, outputs, preprocessing
-
-
-def remove_auxiliary(model: torch.nn.Module):
-    """Remove the auxiliary classifiers of googlenet and inception_v3, as torchvision does with aux_logits=False."""
-    if getattr(model, "aux_logits", False):
-        model.aux_logits = False
-        for name in ("aux1", "aux2", "AuxLogits"):
-            if hasattr(model, name):
-                setattr(model, name, None)
-
-
-def replace_head(model: torch.nn.Module, outputs: int, classes: int, seed: int = 0):
-    """Replace the classifier, which has `outputs` outputs, by a new one of the same kind for `classes` classes."""
-    name = find_head(model, outputs)
-    old = model.get_submodule(name)
-    if isinstance(old, torch.nn.Linear):
-        new = torch.nn.Linear(old.in_features, classes, bias=old.bias is not None)
-    else:
-        new = torch.nn.Conv2d(old.in_channels, classes, kernel_size=1, bias=old.bias is not None)
-    initialise(new, seed)
-    model.set_submodule(name, new)
-
-
-def initialise(layer: torch.nn.Module, seed: int):
-    """Small random weights that depend on their shape and the seed alone, on any device."""
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(seed)) * 0.01)
-        if layer.bias is not None:
-            layer.bias.zero_()
-
-
-# ---------------------------------------------------------------- features, once per image and view
-
-def extract_features(frozen: FrozenModel, job: SimpleNamespace, key: dict, args) -> dict:
-    """The frozen backbone's features of every image: {split: (features [views, N, D], targets [N])}, on its device if they fit.
-
-    The train split of a frozen run, and the `sample` of val, have a row for each view of --augment, the others one for the
-    image as it is. What the cache knows is
-    read, the rest goes through the backbone, once. Several processes share the work, and the first has the result.
-    Raises ImageError at the first image that cannot be read.
-    """
-    augmented = {"sample", "train"} if args.finetune == "head" else {"sample"}
-    views = {split: VIEWS[args.augment if split in augmented else "none"] for split in job.splits}
-    shapes = {split: (len(views[split]), len(targets), frozen.width) for split, (_, targets) in job.splits.items()}
-    mapped = sum(map(math.prod, shapes.values())) * frozen.dtype.itemsize > usable_memory()
-    remember = not args.no_cache and RANK == 0
-    stores = {view: FeatureStore(args.cache if remember else None, {**key, "view": view})
-              for view in chain(*views.values())}
-    data, todo = {}, []
-    for split, (_, targets) in job.splits.items() if RANK == 0 else ():
-        data[split] = allocate(shapes[split], frozen.dtype, args.out if mapped else None), targets
-        missing = {}  # row -> the (number, view) pairs that have to be computed
-        for number, view in enumerate(views[split]):
-            for row in stores[view].fill([sha256 for sha256, _ in job.files[split]], data[split][0][number]):
-                missing.setdefault(row, []).append((number, view))
-        todo += [(split, row, missing[row]) for row in sorted(missing)]
-    count = sum(len(numbered) for *_, numbered in todo)
-    if known := sum(len(features) * len(targets) for features, targets in data.values()) - count:
-        log(f"features: {known} remembered in {args.cache}, {count} to compute")
-    todo = share(lambda: todo)
-    block = len(todo) if WORLD == 1 else 4096  # after which the first process gets and remembers what the others have
-    try:
-        with Progress("features", count) as progress:
-            for first in range(0, len(todo), max(1, block)):
-                results = compute_features(frozen, job, todo[first:first + block][RANK::WORLD], args)
-                for view, places, features in results if WORLD == 1 else gather(list(results)):
-                    progress.update(len(places))
-                    if RANK == 0:
-                        for (split, number, row, _), feature in zip(places, features):
-                            data[split][0][number, row] = feature
-                        stores[view].add([sha256 for *_, sha256 in places], features)
-    finally:  # a pass that is stopped goes on from here
-        for store in stores.values():
-            store.flush()
-    if remember and count:
-        prune_cache(args.cache, args.cache_limit * 1e9)
-    return {split: place(features, targets, frozen.device) for split, (features, targets) in data.items()}
-
-
-def compute_features(frozen: FrozenModel, job: SimpleNamespace, todo: list, args):
-    """Run (split, row, [(number, view), ...]) through the backbone: yields (view, [(split, number, row, sha256)], features)."""
-    waiting, paths = iter(todo), (job.splits[split][0][row] for split, row, _ in todo)
-    for batch in whole_steps(read_batches(paths, frozen.preprocessing, frozen.batch_size, args.workers)):
-        chosen = {}  # view -> the (pixels, place) pairs of this batch
-        for (path, pixels), (split, row, numbered) in zip(batch, waiting):
-            if isinstance(pixels, ImageError):
-                raise pixels
-            sha256, stamp = job.files[split][row]
-            check_unchanged(path, stamp)
-            for number, view in numbered:
-                chosen.setdefault(view, []).append((pixels, (split, number, row, sha256)))
-        for view, pairs in chosen.items():
-            features = frozen.features(turn(torch.stack([pixels for pixels, _ in pairs]), *view))
-            yield view, [place for _, place in pairs], features.to("cpu", frozen.dtype)
-
-
-def feature_key(model: torch.nn.Module, model_kwargs: dict, frozen: FrozenModel, arch: str) -> dict:
-    """All that features depend on, but for the image and its view."""
-    return {"version": 1, "arch": arch, "weights": hash_weights(model, find_head(model, model_kwargs["num_classes"])),
-            "model": {key: value for key, value in model_kwargs.items() if key != "num_classes"},
-            "preprocessing": frozen.preprocessing, "precision": str(frozen.dtype), "device": frozen.device.type,
-            "machine": platform.machine(), "libraries": library_versions()}
-
-
-def hash_files(paths: list[str], workers: int | None) -> list[tuple[str, tuple]]:
-    """The SHA-256 of each file, and a stamp that shows if it changes later. Raises ImageError for one that cannot be read."""
-    def look(path):
-        try:
-            stamp = file_stamp(path)
-            return file_hash(path), stamp
-        except OSError as error:
-            raise ImageError(path, error.strerror) from None
-    with ThreadPoolExecutor(reader_threads(workers)) as executor:
-        return list(executor.map(look, paths))
-
-
-def file_stamp(path) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise ImageError(path, error.strerror) from None
-    return status.st_size, status.st_mtime_ns
-
-
-def check_unchanged(path, stamp: tuple[int, int]):
-    if file_stamp(path) != stamp:
-        raise ImageError(path, "it has changed since the run began; start again")
-
-
-def hash_weights(model: torch.nn.Module, without: str) -> str:
-    """The SHA-256 of a model's weights and buffers, those of the module `without` left out."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(without + "."):
-            tensor = tensor.contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-    return digest.hexdigest()
-
-
-def usable_memory() -> float:
-    """The bytes that features may take: a share of the machine's memory, or of the container's if that has less."""
-    try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):  # Windows
-        total = 8 << 30
-    with contextlib.suppress(OSError, ValueError):  # no such limit
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total * MEMORY_SHARE
-
-
-def allocate(shape: tuple, dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
-    """A tensor for features, in memory, or, with a folder, mapped from a file there that needs no name."""
-    if folder is None:
-        return torch.empty(shape, dtype=dtype)
-    size = math.prod(shape)
-    handle, file = tempfile.mkstemp(prefix=".features.", suffix=".tmp", dir=folder)
-    log(f"features of {size * dtype.itemsize / 1e9:.1f} GB are mapped from disk, in {folder}")
-    try:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash later
-            os.posix_fallocate(handle, 0, max(1, size * dtype.itemsize))
-        return torch.from_file(file, shared=True, size=size, dtype=dtype).view(shape)
-    except OSError as error:
-        raise OSError(error.errno, f"no room to map {size * dtype.itemsize / 1e9:.1f} GB of features: {error.strerror}",
-                      str(folder)) from None
-    finally:
-        os.close(handle)
-        try:
-            os.unlink(file)  # the mapping stays until the tensor is gone
-        except OSError:  # Windows
-            atexit.register(lambda: Path(file).unlink(missing_ok=True))
-
-
-def place(features: torch.Tensor, targets: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and targets on the device, or in the machine's memory where a GPU has no room for them beside the training."""
-    if device.type == "cuda" and features.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return features, targets
-    return features.to(device), targets.to(device)
-
-
-class FeatureStore:
-    """Features on disk, by content: a folder for all that they depend on but the image, in it rows by the image's SHA-256.
-
-    A file of rows is named by the SHA-256 of its own bytes and never changes, so a damaged one shows, and runs side by
-    side cannot harm each other. What cannot be read is computed again, what cannot be written costs a warning.
-    """
-
-    def __init__(self, cache: Path | None, key: dict):
-        self.folder = cache and cache / digest_of(key)
-        self.known = [self.read(file) for file in sorted(self.folder.glob("*.pt"))] if self.folder else []
-        self.hashes, self.rows, self.flushed = [], [], time.monotonic()
-
-    def fill(self, hashes: list[str], out: torch.Tensor) -> list[int]:
-        """Write the rows that are known into out [N, D]; returns the numbers of the rows that are not."""
-        wanted = {}
-        for row, sha256 in enumerate(hashes):
-            wanted.setdefault(sha256, []).append(row)
-        for content in self.known:
-            if content and content["features"].shape[1:] == out.shape[1:]:
-                found = [(at, row) for at, sha256 in enumerate(content["hashes"]) for row in wanted.pop(sha256, ())]
-                if found:
-                    at, rows = torch.tensor(found).unbind(1)
-                    out[rows] = content["features"][at]
-        return sorted(row for rows in wanted.values() for row in rows)
-
-    def read(self, file: Path) -> dict | None:
-        """A file's rows, mapped from disk; None, with a warning, if it is not as it was written."""
-        try:
-            if file_hash(file) == file.stem:
-                with contextlib.suppress(OSError):  # a cache that can only be read is of use too
-                    os.utime(file)  # prune_cache removes what was unused for longest
-                content = torch.load(file, mmap=True, weights_only=True)
-                if len(content["features"]) == len(content["hashes"]):
-                    return content
-            elif len(file.stem) == 64:
-                file.unlink()
-            log(f"warning: ignored {file}: damaged, or not written by this program")
-        except FileNotFoundError:  # removed by another run
-            pass
-        except Exception as error:
-            log(f"warning: ignored {file}: {one_line(error)}")
+def calibration_sample(dataset: Dataset, views: Sequence[View]) -> Split | None:
+    """Return some images of val, whose averages over views are calibrated; None without val, or with a single view."""
+    if "val" not in dataset.splits or len(views) == 1:
         return None
-
-    def add(self, hashes: list[str], rows: torch.Tensor):
-        """Remember rows [N, D]; they reach the disk every 64 MB, every five minutes, and with `flush`."""
-        if self.folder:
-            self.hashes += hashes
-            self.rows.append(rows)
-            if len(self.hashes) * rows[0].nbytes > 64e6 or time.monotonic() - self.flushed > 300:
-                self.flush()
-
-    def flush(self):
-        """Write what waits as one file. A disk that is full or read-only costs a warning, and the rest is not written."""
-        if self.hashes and self.folder:
-            buffer = io.BytesIO()
-            torch.save({"hashes": self.hashes, "features": torch.cat(self.rows)}, buffer)
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with replacing(self.folder / f"{hashlib.sha256(buffer.getbuffer()).hexdigest()}.pt", "wb") as file:
-                    file.write(buffer.getbuffer())
-            except OSError as error:
-                log(f"warning: features are not remembered: {self.folder}: {error.strerror}")
-                self.folder = None
-        self.hashes, self.rows, self.flushed = [], [], time.monotonic()
+    val = dataset.splits["val"]
+    return val.every(math.ceil(len(val) / CALIBRATION_SAMPLE))
 
 
-def prune_cache(cache: Path, limit: float):
-    """Remove the files that were unused for longest until the cache holds at most `limit` bytes; tell its size."""
-    with contextlib.suppress(OSError):  # another run may prune at the same time
-        folders = [folder for folder in cache.glob("[0-9a-f]" * 32) if folder.is_dir()]  # what else is there is not ours
-        for leftover in (file for folder in folders for file in folder.glob(f".{'[0-9a-f]' * 64}.pt.*.tmp")):
-            if time.time() - leftover.stat().st_mtime > 86400:
-                leftover.unlink()
-        files = sorted((file.stat().st_mtime, file.stat().st_size, file)
-                       for folder in folders for file in folder.glob("[0-9a-f]" * 64 + ".pt"))
-        total = sum(size for _, size, _ in files)
-        for _, size, file in files:
-            if total > limit:
-                file.unlink()
-                total -= size
-        log(f"the cache {cache} holds {total / 1e9:.2f} GB of at most {limit / 1e9:g}")
+def calibrate_views(model: InferenceModel, features: torch.Tensor, targets: torch.Tensor) -> float:
+    """Return the temperature for probabilities averaged over views: features [views, N, D], class indices [N].
 
-
-# ---------------------------------------------------------------- the head
-
-def standardised_head(frozen: FrozenModel, features: torch.Tensor) -> torch.nn.Sequential:
-    """The trainable head behind a fixed layer that standardises train's features [views, N, D] by their mean and deviation.
-
-    Raw features differ in scale by orders of magnitude, and one learning rate cannot suit them all. Without a bias to
-    take the mean in (maxvit_t), only the scale is standardised. `fold_standardisation` undoes the layer after training.
+    The average has a temperature of its own (Rahaman and Thiery, Uncertainty quantification and deep ensembles, NeurIPS
+    2021): disagreement between the views already lowers its confidence.
     """
-    layers = copy.deepcopy(frozen.head)  # the model's own classifier gets the folded weights, at the end
-    if not isinstance(layers[0], torch.nn.Unflatten):
-        layers.insert(0, torch.nn.Identity())
-    unflatten, linear, *behind = layers
-    channels = linear.weight.shape[1]
-    mean, square = torch.zeros(2, channels, dtype=torch.float64)
-    for rows in features.flatten(0, 1).split(chunk_rows(features)):
-        rows = rows.cpu().double().view(len(rows), channels, -1)
-        mean += rows.sum((0, 2))
-        square += rows.square().sum((0, 2))
-    mean /= features.numel() / channels
-    var = square / (features.numel() / channels) - mean.square()
-    if not var.isfinite().all():
-        raise UserError("the network's features are not finite: its weights are damaged, or want another --precision")
-    layer = torch.nn.BatchNorm1d if isinstance(linear, torch.nn.Linear) else torch.nn.BatchNorm2d
-    standardise = layer(channels, affine=False, eps=0).eval()
-    floor = 1e-4 * var.mean() + 1e-8 * mean.square().mean() + 1e-30  # what hardly ever fires is not blown up
-    standardise.running_var = var.clamp(min=floor).float()
-    if linear.bias is not None:
-        standardise.running_mean = mean.float()
-    return torch.nn.Sequential(unflatten, standardise, linear, *behind).to(frozen.device).requires_grad_(True)
+    temperature, _ = calibrate(average_views(model.forward_cached(view) for view in features), targets.cpu())
+    return temperature
 
 
-def chunk_rows(features: torch.Tensor) -> int:
-    """How many rows of features [..., D] to take at a time: 64 MB of float32, at most 4096."""
-    return max(1, min(4096, (16 << 20) // features.shape[-1]))
+def label_features(dataset: Dataset, features: list[torch.Tensor], device: torch.device) -> ProbeData:
+    """Join each split's features with its targets, on the device if they need at most half of a GPU's free memory."""
+    data = {}
+    for (name, split), values in zip(dataset.splits.items(), features):
+        if device.type != "cuda" or values.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
+            data[name] = LabeledFeatures(values.to(device), split.targets.to(device))
+        else:
+            data[name] = LabeledFeatures(values, split.targets)
+    return data
 
 
-def fold_standardisation(head: torch.nn.Sequential, target: torch.nn.Module):
-    """Multiply the head's standardisation into the plain classifier `target`, which then is the same function."""
-    mean, var, weight, bias = (tensor if tensor is None else tensor.detach().cpu().double() for tensor in
-                               (head[1].running_mean, head[1].running_var, head[2].weight, head[2].bias))
-    weight = weight / var.sqrt().view(1, -1, *[1] * (weight.dim() - 2))
+def standardized_head(classifier: torch.nn.Linear, features: torch.Tensor) -> torch.nn.Sequential:
+    """Return a trainable copy of the classifier behind a fixed layer that standardizes features [views, N, D].
+
+    The scales of raw features differ by orders of magnitude, and no single learning rate suits them all. For a
+    classifier without bias (maxvit_t) only the scale is standardized. `fold_standardization` removes the layer after
+    training.
+    """
+    mean, square = torch.zeros(2, classifier.in_features, dtype=torch.float64)
+    for rows in features.flatten(0, 1).split(rows_per_chunk(features)):
+        rows = rows.cpu().double()
+        mean += rows.sum(0)
+        square += rows.square().sum(0)
+    count = features.shape[0] * features.shape[1]
+    mean /= count
+    variance = square / count - mean.square()
+    if not variance.isfinite().all():
+        raise UserError("the network's features are not finite: its weights are damaged, or need another --precision")
+    standardize = torch.nn.BatchNorm1d(classifier.in_features, affine=False, eps=0).eval()
+    floor = 1e-4 * variance.mean() + 1e-8 * mean.square().mean() + 1e-30  # do not amplify features that hardly vary
+    standardize.running_var = variance.clamp(min=floor).float()
+    if classifier.bias is not None:
+        standardize.running_mean = mean.float()
+    head = torch.nn.Sequential(standardize, copy.deepcopy(classifier))
+    return head.to(classifier.weight.device).requires_grad_(True)
+
+
+def fold_standardization(head: torch.nn.Sequential, classifier: torch.nn.Linear) -> None:
+    """Write the weights of a standardized head into a plain classifier, which then is the same function."""
+    standardize, linear = head
+    tensors = standardize.running_mean, standardize.running_var, linear.weight
+    mean, var, weight = (tensor.detach().cpu().double() for tensor in tensors)
+    weight = weight / var.sqrt()
     with torch.no_grad():
-        target.weight.copy_(weight.float())
-        if bias is not None:
-            target.bias.copy_((bias - weight.flatten(1) @ mean).float())
+        classifier.weight.copy_(weight.float())
+        if linear.bias is not None:
+            classifier.bias.copy_((linear.bias.detach().cpu().double() - weight @ mean).float())
 
 
-class Heads:
-    """Heads that learn side by side from the same batches of features, as one wide layer: 64 cost little more than one."""
-    spread_out, clip_norm = False, None  # a head learns in one process
+class LinearProbes:
+    """Linear classifiers that learn side by side from the same features, as one wide layer; implements `Learner`.
 
-    def __init__(self, head: torch.nn.Sequential, data: dict, args, seed: int, count: int = 1):
+    64 of them cost little more than one.
+    """
+
+    distributed = False
+
+    def __init__(self, head: torch.nn.Sequential, data: ProbeData, options: TrainOptions, count: int = 1) -> None:
         self.heads = [copy.deepcopy(head) for _ in range(count)]
-        self.data, self.batch_size, self.seed = data, args.batch_size, seed
-        self.device = next(head.parameters()).device
-        self.steps = math.ceil(len(data["train"][1]) / args.batch_size)
+        self.data, self.batch_size, self.seed = data, options.batch_size, options.seed
+        self.targets = {split: labeled.targets for split, labeled in data.items()}
+        self.device = head[1].weight.device
+        self.steps_per_epoch = math.ceil(len(self.targets["train"]) / options.batch_size)
 
-    def groups(self, configs: list[dict]) -> list[dict]:
-        return [group for head, config in zip(self.heads, configs)
-                for group in parameter_groups(head, config["lr"], config)]
+    def param_groups(self, hparams: Sequence[HParams]) -> list[dict]:
+        return [group for head, own in zip(self.heads, hparams) for group in param_groups(head, own.lr, own)]
 
-    def batches(self, epoch: int):
-        """Yield (features [B, D], class indices [B], 1) in an order, and of views, that seed and epoch alone decide."""
+    def train_batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+        """Yield batches whose order and views depend on seed and epoch alone."""
         features, targets = self.data["train"]
-        generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
+        generator = epoch_generator(self.seed, epoch)
         order = torch.randperm(len(targets), generator=generator).to(targets.device)
         views = torch.randint(len(features), targets.shape, generator=generator).to(targets.device)
         for rows in order.split(self.batch_size):
             yield features[views[rows], rows].to(self.device, torch.float32), targets[rows].to(self.device), 1.0
 
-    def logits(self, features: torch.Tensor, active: list[int]) -> torch.Tensor:
-        """Features [B, D] -> logits [B, A, classes] of the active heads."""
-        unflatten, standardise, linear, *behind = self.heads[active[0]]
-        layers, outputs = [self.heads[index][2] for index in active], linear.weight.shape[0]
+    def forward(self, inputs: torch.Tensor, active: list[int]) -> torch.Tensor:
+        standardize, linear = self.heads[active[0]]
+        layers = [self.heads[index][1] for index in active]
         weight = torch.cat([layer.weight for layer in layers])
         bias = None if linear.bias is None else torch.cat([layer.bias for layer in layers])
-        apply = torch.nn.functional.linear if isinstance(linear, torch.nn.Linear) else torch.nn.functional.conv2d
-        wide = apply(standardise(unflatten(features)), weight, bias).unflatten(1, (len(active), outputs))
-        return torch.nn.Sequential(*behind)(wide.flatten(0, 1)).view(len(features), len(active), outputs)
+        logits = torch.nn.functional.linear(standardize(inputs), weight, bias)
+        return logits.unflatten(1, (len(active), linear.out_features))
 
-    def split_logits(self, split: str, active: list[int]):
-        """Yield (logits [B, A, classes], class indices [B]) for the images of a split as they are, without gradients."""
+    def clip_gradients(self) -> None:
+        """Do nothing: probes do not need it."""
+
+    def eval_batches(self, split: str, active: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         features, targets = self.data[split]
-        size = max(1, chunk_rows(features) // len(active))
+        size = max(1, rows_per_chunk(features) // len(active))
         with torch.no_grad():
             for rows, wanted in zip(features[0].split(size), targets.split(size)):
-                yield self.logits(rows.to(self.device, torch.float32), active), wanted.to(self.device)
+                yield self.forward(rows.to(self.device, torch.float32), active), wanted.to(self.device)
 
-    def weights(self, index: int) -> dict:
+    def state_dict(self, index: int) -> dict[str, torch.Tensor]:
         return {key: value.clone() for key, value in self.heads[index].state_dict().items()}
 
-    def load(self, weights: dict):
+    def load_state_dict(self, weights: dict[str, torch.Tensor]) -> None:
         self.heads[0].load_state_dict(weights)
 
 
-def parameter_groups(module: torch.nn.Module, lr: float, config: dict) -> list[dict]:
-    """Groups for the optimizer; weight decay spares biases, also those in tables, and scales, those of norms and others."""
-    groups = ([], config["weight_decay"]), ([], 0.0)
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            own = name.rpartition(".")[2]
-            groups[parameter.dim() <= 1 or "bias" in own or "scale" in own][0].append(parameter)
-    return [{"params": members, "lr": lr, "peak": lr, "epochs": config["epochs"], "weight_decay": decay}
-            for members, decay in groups if members]
+def tune(
+    head: torch.nn.Sequential, data: ProbeData, base: HParams, count: int, options: TrainOptions, folder: Path
+) -> HParams:
+    """Train `count` configurations side by side, write tune.csv and tune.png, and return the best configuration on val.
 
-
-def fit(learner, configs: list[dict], splits, args, deadline: float = math.inf, state: dict | None = None,
-        after_epoch=None) -> list[dict]:
-    """Train the learner's models, one per configuration, with cross entropy: {"history": [...], "best": {...}} of each.
-
-    The learning rate rises over --warmup epochs and falls to 0 along a cosine. Where `deadline` (of time.monotonic) leaves
-    no time for all epochs, the cosine is shortened to those that fit; the first is always finished. After each epoch
-    `splits` are measured and `after_epoch(run, state)`, if given, is called for the first model; its state, given to a
-    later call, continues. Raises UserError when the loss of a single model is not finite; one of several is just the worst.
+    The first configuration is `base`. The others are spread evenly (a scrambled Sobol sequence) over learning rates of
+    1/10 to 10 times that of `base` and weight decays of 1e-6 to 1e-2, both logarithmic, label smoothing of 0, 0.05 and
+    0.1, and a quarter, a half and all of its epochs. All see the same batches.
     """
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    optimizer = kind(learner.groups(configs), fused=learner.device.type != "mps")
-    runs = [{"history": [], "best": None} for _ in configs]
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        learner.load(state["weights"])
-        runs = [{"history": state["history"], "best": state["best"]}]
-        log(f"resumed after epoch {len(state['history'])}")
-    weights = class_weights(learner, args)
-    smoothing = torch.tensor([config["label_smoothing"] for config in configs], device=learner.device)
-    for done in range(len(runs[0]["history"]), max(config["epochs"] for config in configs)):
-        start, epoch = time.monotonic(), done + 1
-        longest = max((run["history"][-1]["seconds"] for run in runs if run["history"]), default=0)
-        fitting = done + int(max(0, deadline - start) / (1.05 * longest)) if longest and deadline < math.inf else math.inf
-        if learner.spread_out:
-            fitting = share(lambda: fitting)  # all processes have to agree
-        plans = [min(config["epochs"], fitting) for config in configs]
-        active = [index for index, run in enumerate(runs) if done < plans[index] and not out_of_patience(run, args)]
-        if not active:
-            log(f"ended after epoch {done}: " + ("no time for more" if done >= fitting else
-                                              f"{args.patience} epochs without a lower val loss at its best temperature"))
-            break
-        losses, rates, own_smoothing = [], [], smoothing[active]
-        for step, (inputs, targets, share_of_step) in enumerate(whole_steps(learner.batches(epoch))):
-            for group in optimizer.param_groups:
-                planned = min(group["epochs"], fitting)
-                group["lr"] = group["peak"] * schedule(done + step / learner.steps, planned, args.warmup)
-            logits = learner.logits(inputs, active)
-            loss = cross_entropies(logits, targets, own_smoothing, weights)
-            optimizer.zero_grad()
-            (share_of_step * loss.sum()).backward()
-            if learner.clip_norm:
-                torch.nn.utils.clip_grad_norm_(learner.network.parameters(), learner.clip_norm)
-            optimizer.step()
-            losses.append(loss.detach())
-            rates.append({group["lr"] for group in optimizer.param_groups})
-            if len(configs) == 1 and (learner.device.type == "cpu" or step % 50 == 49 or step + 1 == learner.steps):
-                check_finite(losses, rates, epoch, learner.steps)  # a GPU is not made to wait at every step
-        measured = {split: measure(learner, split, active) for split in splits}
-        if len(configs) == 1 and not all(math.isfinite(result["loss"]) for results in measured.values() for result in results):
-            raise diverged("a loss is not finite", epoch, learner.steps, learner.steps, rates[-1])
-        seconds = round(time.monotonic() - start, 3)
-        for number, index in enumerate(active):
-            results = {split: measured[split][number] for split in splits}
-            row = {"epoch": epoch, "lr": configs[index]["lr"] * schedule(done, plans[index], args.warmup)}
-            row |= {f"{split}_{what}": results.get(split, {}).get(what) for split in SPLITS for what in ("loss", "acc")}
-            row["seconds"] = seconds
-            runs[index]["history"].append(row)
-            candidate = {"row": row, **{key: results.get("val", {}).get(key, 1.0) for key in ("temperature", "calibrated")}}
-            runs[index]["calibrated"] = candidate["calibrated"]
-            if runs[index]["best"] is None or score(candidate) > score(runs[index]["best"]):
-                runs[index]["best"] = candidate | {"weights": learner.weights(index)}
-        if after_epoch:
-            with signals_held():
-                after_epoch(runs[0], {"optimizer": optimizer.state_dict(), "weights": learner.weights(0), **runs[0]})
-    return runs
-
-
-def schedule(epochs: float, planned: int, warmup: float) -> float:
-    """The factor of the learning rate after so many epochs: a linear rise over the warm-up, then half a cosine to 0."""
-    warmup = min(warmup, planned / 2)
-    if epochs < warmup:
-        return max(epochs / warmup, 0.01)
-    return 0.5 * (1 + math.cos(math.pi * min(1, (epochs - warmup) / (planned - warmup))))
-
-
-def score(candidate: dict) -> tuple:
-    """What orders epochs, configurations and seeds: the lowest val loss that a temperature can reach, then the plain one.
-
-    Accuracy on a few thousand images is a coarse and noisy guide, and the plain loss punishes what the temperature mends
-    (Berta et al., Rethinking early stopping: refine, then calibrate, 2025). Without val, the last epoch is the best.
-    """
-    row = candidate["row"]
-    return (row["epoch"],) if row["val_loss"] is None else (-candidate["calibrated"], -row["val_loss"])
-
-
-def out_of_patience(run: dict, args) -> bool:
-    return bool(args.patience and run["history"] and len(run["history"]) - run["best"]["row"]["epoch"] >= args.patience)
-
-
-def class_weights(learner, args) -> torch.Tensor | None:
-    """Weights [classes], 1 in the mean over the images, with which all classes count the same; None if each image shall."""
-    if args.class_weights is None:
-        return None
-    counts = learner.data["train"][1].bincount().to(learner.device)
-    return (counts.sum() / (len(counts) * counts)).float()
-
-
-def cross_entropies(logits: torch.Tensor, targets: torch.Tensor, smoothing: torch.Tensor, weights: torch.Tensor | None):
-    """Cross entropy [A] in nats of logits [B, A, C] and class indices [B], or shares [B, C], with label smoothing [A]."""
-    count = logits.shape[2]
-    if targets.dim() == 1:
-        targets = torch.nn.functional.one_hot(targets, count)
-    wanted = targets[:, None] * (1 - smoothing[:, None]) + smoothing[:, None] / count
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1), weights, reduction="none")
-    return loss.view(logits.shape[:2]).mean(0)
-
-
-def check_finite(losses: list, rates: list, epoch: int, steps: int):
-    """Raise UserError naming the first step of the epoch whose loss is not finite; else forget the losses."""
-    wrong = (~torch.cat(losses).isfinite()).nonzero().flatten().tolist()
-    if wrong:
-        step = len(rates) - len(losses) + wrong[0]
-        raise diverged(f"the loss became {losses[wrong[0]].item()}", epoch, step + 1, steps, rates[step])
-    losses.clear()
-
-
-def diverged(what: str, epoch: int, step: int, steps: int, rates: set) -> UserError:
-    told = " and ".join(f"{rate:g}" for rate in sorted(rates))
-    return UserError(f"{what} in epoch {epoch} at step {step} of {steps}, with learning rate {told}: lower --lr, or "
-                     "--backbone-lr where the network learns (an unfinished run is discarded with --restart)")
-
-
-def measure(learner, split: str, active: list[int]) -> list[dict]:
-    """loss (mean cross entropy in nats) and acc (0..1) of each active model on a split, and what `calibrate` says of val."""
-    losses = correct = count = 0
-    kept = []
-    for logits, targets in learner.split_logits(split, active):
-        wanted = targets[:, None].expand(logits.shape[:2])
-        losses += torch.nn.functional.cross_entropy(logits.permute(0, 2, 1), wanted, reduction="none").sum(0).cpu().double()
-        correct += (logits.argmax(2) == wanted).sum(0).cpu().double()
-        count += len(targets)
-        if split == "val":
-            every = math.ceil(len(learner.data["val"][1]) * logits.shape[2] / 5e6)  # images, of a large set, to calibrate on
-            kept.append((logits[::every].cpu(), targets[::every].cpu()))
-    if learner.spread_out and WORLD > 1:  # exact to the image: no process has one of another's
-        parts, kept = gather([(losses, correct, count)]), gather(kept)
-        losses, correct, count = map(sum, zip(*parts))
-    results = [{"loss": loss, "acc": acc} for loss, acc in zip((losses / count).tolist(), (correct / count).tolist())]
-    if kept:
-        logits, targets = (torch.cat(parts) for parts in zip(*kept))
-        for result, own in zip(results, logits.unbind(1)):
-            result |= calibrate(own, targets)
-    return results
-
-
-def calibrate(logits: torch.Tensor, targets: torch.Tensor) -> dict:
-    """The temperature that minimises the cross entropy of logits [N, C] / temperature, and that `calibrated` loss, in nats.
-
-    (Guo et al., ICML 2017.) Without a mistake nothing tells how sure is too sure: the temperature is 1, and the loss that
-    some temperature could reach is 0. The loss is convex in 1 / temperature, which Newton's method finds, within 1/20 to 20.
-    """
-    logits, right = logits.double(), logits.gather(1, targets[:, None]).double()
-    if not logits.isfinite().all() or (logits.argmax(1) == targets).all():
-        return {"temperature": 1.0, "calibrated": 0.0 if logits.isfinite().all() else math.inf}
-    sharpness = 1.0
-    for _ in range(50):
-        shares = (logits * sharpness).softmax(1)
-        mean = (shares * logits).sum(1, keepdim=True)
-        slope, curvature = (mean - right).mean().item(), (shares * (logits - mean).square()).sum(1).mean().item()
-        before = sharpness
-        sharpness = min(max(before - slope / max(curvature, 1e-12), before / 2, 0.05), before * 2, 20)
-        if abs(sharpness - before) < 1e-7 * before:
-            break
-    loss = torch.nn.functional.cross_entropy(logits * sharpness, targets).item()
-    return {"temperature": 1 / sharpness, "calibrated": loss}
-
-
-def sample_val(job: SimpleNamespace, args) -> SimpleNamespace:
-    """Some images of val, to be seen in all views of --augment; none where there is no val, or one view."""
-    if "val" not in job.splits or len(VIEWS[args.augment]) == 1:
-        return SimpleNamespace(splits={}, files={})
-    (paths, targets), every = job.splits["val"], math.ceil(len(job.files["val"]) / VAL_SAMPLE)
-    return SimpleNamespace(splits={"sample": (paths[::every], targets[::every])}, files={"sample": job.files["val"][::every]})
-
-
-def calibrate_views(frozen: FrozenModel, features: torch.Tensor, targets: torch.Tensor) -> float:
-    """The temperature of probabilities that are averaged over views: features [views, N, D], class indices [N].
-
-    It follows the average (Rahaman and Thiery, Uncertainty quantification and deep ensembles, NeurIPS 2021): that of single
-    views would make too unsure what has their disagreement in it already.
-    """
-    return calibrate(average_views(logits_in_chunks(frozen, view) for view in features), targets.cpu())["temperature"]
-
-
-def logits_in_chunks(frozen: FrozenModel, features: torch.Tensor) -> torch.Tensor:
-    """Remembered features [N, D], of any type and on any device -> logits [N, classes] on the model's device."""
-    return torch.cat([frozen.logits(rows.to(frozen.device, torch.float32)) for rows in features.split(chunk_rows(features))])
-
-
-def plain_config(args) -> dict:
-    return {name: getattr(args, name) for name in ("lr", "weight_decay", "label_smoothing", "epochs")}
-
-
-def tune(head: torch.nn.Sequential, data: dict, args, deadline: float) -> dict:
-    """Train --tune configurations side by side and return the best on val; writes OUT/tune.csv and OUT/tune.png.
-
-    The first is that of the arguments, the others are spread evenly (a scrambled Sobol sequence) over learning rates of
-    1/10 to 10 times --lr and weight decays of 1e-6 to 1e-2, both logarithmic, label smoothing of 0, 0.05 and 0.1, and
-    epochs of a quarter, a half and all of --epochs. All see the same batches.
-    """
-    configs = [plain_config(args)]
-    points = torch.quasirandom.SobolEngine(4, scramble=True, seed=args.seed).draw(args.tune - 1) if args.tune > 1 else []
-    for rate, decay, smoothing, epochs in (point.tolist() for point in points):
-        configs.append({"lr": args.lr * 10 ** (2 * rate - 1), "weight_decay": 10 ** (4 * decay - 6),
-                        "label_smoothing": 0.05 * int(3 * smoothing), "epochs": math.ceil(args.epochs / 2 ** int(3 * epochs))})
+    candidates = [base]
+    sampler = torch.quasirandom.SobolEngine(4, scramble=True, seed=options.seed)
+    points = sampler.draw(count - 1).tolist() if count > 1 else []
+    for rate, decay, smoothing, epochs in points:
+        lr, length = base.lr * 10 ** (2 * rate - 1), math.ceil(base.epochs / 2 ** int(3 * epochs))
+        candidates.append(HParams(lr, 10 ** (4 * decay - 6), 0.05 * int(3 * smoothing), length))
     start = time.monotonic()
-    deadline = start + (deadline - start) * 2 / 3  # the rest is for the training with the winner
-    runs = fit(Heads(head, data, args, args.seed, len(configs)), configs, ["val"], args, deadline)
+    options = replace(options, deadline=start + (options.deadline - start) * 2 / 3)  # the rest is for the training
+    probes = LinearProbes(head, data, options, count)
+    runs = fit(probes, [Run(hparams, options.seed) for hparams in candidates], ["val"], options)
+    winner = max(range(count), key=lambda index: selection_key(runs[index].best))
     rows = []
-    for config, best in zip(configs, (run["best"] for run in runs)):
-        rows.append(config | {"best_epoch": best["row"]["epoch"], "val_loss": best["row"]["val_loss"],
-                              "val_loss_calibrated": best["calibrated"], "val_acc": best["row"]["val_acc"]})
-    winner = max(range(len(rows)), key=lambda index: score(runs[index]["best"]))
-    with replacing(args.out / "tune.csv") as file:
-        writer = csv.DictWriter(file, [*rows[0], "winner"])
-        writer.writeheader()
-        writer.writerows(row | {"winner": int(index == winner)} for index, row in enumerate(rows))
-    plot_tuning(args.out / "tune.png", rows, winner)
-    log(f"tuned: {len(rows)} configurations in {time.monotonic() - start:.1f} s; best on val: " + describe(rows[winner]))
-    log(f"       the one of the arguments: {describe(rows[0])}")
-    return configs[winner]
+    for index, run in enumerate(runs):
+        measured = {"best_epoch": run.best.row["epoch"], "val_loss": run.best.row["val_loss"]}
+        measured |= {"val_loss_calibrated": run.best.calibrated_nll, "val_acc": run.best.row["val_acc"]}
+        rows.append({**asdict(run.hparams), **measured, "winner": int(index == winner)})
+    write_csv(folder / "tune.csv", list(rows[0]), [list(row.values()) for row in rows])
+    plot_tuning(folder / "tune.png", rows, rows[winner])
+    log(f"tuned: {count} configurations in {time.monotonic() - start:.1f} s")
+    log(f"  best on val: {format_hparams(rows[winner])}")
+    log(f"  from the command line: {format_hparams(rows[0])}")
+    return candidates[winner]
 
 
-def describe(row: dict) -> str:
-    return (f"lr {row['lr']:.3g}, weight decay {row['weight_decay']:.2g}, label smoothing {row['label_smoothing']:g}, "
-            f"{row['epochs']} epochs: val loss {row['val_loss_calibrated']:.4f} (calibrated) acc {row['val_acc']:.4f}")
+def format_hparams(row: dict) -> str:
+    """Format a row of tune.csv as text."""
+    return (
+        f"lr {row['lr']:.3g}, weight decay {row['weight_decay']:.2g}, label smoothing {row['label_smoothing']:g}, "
+        f"{row['epochs']} epochs: val loss {row['val_loss_calibrated']:.4f} (calibrated) acc {row['val_acc']:.4f}"
+    )
 
 
-def plot_tuning(path: Path, rows: list[dict], winner: int):
-    """Calibrated val loss, by which is chosen, and val accuracy over each of the four settings; a point a configuration."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 5.6), layout="constrained")
-    settings = {"lr": "learning rate", "weight_decay": "weight decay", "label_smoothing": "label smoothing", "epochs": "epochs"}
+def plot_tuning(path: Path, rows: list[dict], winner: dict) -> None:
+    """Plot calibrated val loss (the criterion) and val accuracy against each hyper-parameter."""
+    figure = new_figure(12, 5.6)
     measures = {"val_loss_calibrated": "val loss (nats, calibrated)", "val_acc": "val accuracy"}
-    rows, chosen = [row for row in rows if math.isfinite(row["val_loss_calibrated"])], rows[winner]
-    for line, (measure, y) in zip(figure.subplots(2, 4, sharex="col", sharey="row"), measures.items()):
-        for axes, (setting, x) in zip(line, settings.items()):
-            axes.scatter([row[setting] for row in rows], [row[measure] for row in rows], s=18, alpha=0.7, color="tab:blue")
-            axes.scatter(chosen[setting], chosen[measure], s=120, facecolors="none", edgecolors="tab:red", linewidths=1.8,
-                         label="winner")
+    ring = {"s": 120, "facecolors": "none", "edgecolors": "tab:red", "linewidths": 1.8, "label": "winner"}
+    rows = [row for row in rows if math.isfinite(row["val_loss_calibrated"])]
+    for line, (measure, label) in zip(figure.subplots(2, 4, sharex="col", sharey="row"), measures.items()):
+        line[0].set_ylabel(label)
+        for axes, setting in zip(line, ("lr", "weight_decay", "label_smoothing", "epochs")):
+            values = [row[setting] for row in rows], [row[measure] for row in rows]
+            axes.scatter(*values, s=18, alpha=0.7, color="tab:blue")
+            axes.scatter(winner[setting], winner[measure], **ring)
             if setting == "lr":
-                axes.set(xscale="log", ylabel=y)
+                axes.set_xscale("log")
             elif setting == "weight_decay":
                 axes.set_xscale("symlog", linthresh=1e-6)
             if measure == "val_acc":
-                axes.set_xlabel(x)
+                axes.set_xlabel("learning rate" if setting == "lr" else setting.replace("_", " "))
             axes.grid(alpha=0.25)
     axes.legend()
-    with replacing(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(path, figure)
 
 
-def train_heads(head, data: dict, args, settings: dict, deadline: float, state: dict | None) -> tuple[dict, list[dict]]:
-    """Choose the configuration, and train a head with each of --seeds seeds: it, and the run of each as `fit` returns it.
+# ---------------------------------------------------------------- fine-tuning: the network on images
 
-    `state` is that of an unfinished run's last.pt, which is rewritten, as is history.csv, after each epoch.
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are augmented while a network is fine-tuned."""
+
+    views: Sequence[View]  # one of which is drawn for each image
+    strong: bool  # whether to add strong augmentation
+    num_classes: int
+
+
+def finetune(
+    model: InferenceModel,
+    dataset: Dataset,
+    args: argparse.Namespace,
+    files: RunFiles,
+    unfinished: UnfinishedRun | None,
+    deadline: float,
+) -> tuple[list[Run], float]:
+    """Train the classifier alone, then the network (or its last stage) with it: the run, and the temperature for --tta.
+
+    The network receives the best weights. All processes take part.
     """
-    config = state["config"] if state else tune(head, data, args, deadline) if args.tune else plain_config(args)
-    runs = state["runs"] if state else []
-    for seed in range(args.seed + len(runs), args.seed + args.seeds):
-        if runs and time.monotonic() > deadline:
-            log(f"no time is left for seed {seed} and those after it")
-            break
-        if args.seeds > 1:
-            log(f"seed {seed}")
-        learner = Heads(head, data, args, seed)
-        if seed != args.seed:
-            initialise(learner.heads[0][2], seed)
-        saver = functools.partial(save_epoch, args, settings, config, runs)
-        until = time.monotonic() + (deadline - time.monotonic()) / (args.seeds - len(runs))  # the same time for all
-        run, = fit(learner, [config], list(data), args, until, state, saver)
-        runs, state = [*runs, run | {"seed": seed}], None
-    return config, runs
-
-
-def told(row: dict) -> str:
-    """A row of the history in words: loss and accuracy of the splits that were measured."""
-    return "  ".join(f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in SPLITS
-                     if row[f"{split}_loss"] is not None)
-
-
-def save_epoch(args, settings: dict, config: dict, runs: list[dict], run: dict, state: dict):
-    """Tell of the last epoch of a run, and write OUT/history.csv and OUT/last.pt; `runs` are finished ones."""
-    row = run["history"][-1]
-    chosen_by = "" if row["val_loss"] is None else f"  calibrated val loss {run['calibrated']:.4f}"
-    best = "  best so far" if chosen_by and run["best"]["row"]["epoch"] == row["epoch"] else ""
-    log(f"epoch {row['epoch']}/{config['epochs']}  {told(row)}{chosen_by}{best}")
-    if not args.only_if_better:  # the history is that of the model.pt beside it
-        write_history(args.out / "history.csv", run["history"])
-    save_last(args, settings, finished=False, config=config, runs=runs, **state)
-
-
-def spread(runs: list[dict], saved: dict) -> dict:
-    """Mean and standard deviation over the seeds of val and test accuracy, for the result line; told on stderr too."""
-    if len(runs) < 2:
-        return {}
-    result = {"seeds": len(runs), "best_seed": saved["seed"]}
-    log(f"the model of seed {saved['seed']} is the best on val" if saved["best"]["row"]["val_acc"] is not None else
-        f"without val nothing is chosen: the model is that of seed {saved['seed']}")
-    for split in ("val", "test"):
-        values = [run["best"]["row"][f"{split}_acc"] for run in runs]
-        if None not in values:
-            result |= {f"{split}_acc_mean": statistics.mean(values), f"{split}_acc_std": statistics.stdev(values)}
-            mean, deviation = result[f"{split}_acc_mean"], result[f"{split}_acc_std"]
-            log(f"{split} accuracy over {len(runs)} seeds: {mean:.4f} ± {deviation:.4f}")
-    return result
-
-
-# ---------------------------------------------------------------- fine-tuning
-
-FIRST_EPOCHS = 10  # of the head alone, before the network learns too
-STRONG_DRAWS = 16  # per step: one for each image would keep a GPU waiting for the processor
-TRAIN_SAMPLE = 5000  # images on which the train columns of the history are measured, so that it costs little
-
-
-def train_first_head(frozen: FrozenModel, data: dict, args) -> tuple[torch.nn.Sequential, dict]:
-    """A head trained on the frozen network's features, where fine-tuning starts; and how well it does, to be compared."""
-    learner = Heads(standardised_head(frozen, data["train"][0]), data, args, args.seed)
-    config, others = plain_config(args) | {"epochs": FIRST_EPOCHS}, [split for split in data if split != "train"]
-    run, = fit(learner, [config], others, SimpleNamespace(**{**vars(args), "patience": None}))
-    log(f"the classifier alone, {FIRST_EPOCHS} epochs: {told(run['best']['row'])}")
-    learner.load(run["best"].pop("weights"))
-    return learner.heads[0].cpu(), run["best"]
-
-
-def finetune(frozen: FrozenModel, head, first: dict, job: SimpleNamespace, args, settings: dict, deadline: float):
-    """Train the network, or its last stage, with the head: the configuration, and the run as `fit` returns it.
-
-    The best weights are left in `frozen` and, for the head, in the run. `first` is what the head did alone.
-    """
-    config = plain_config(args) | {"backbone_lr": args.backbone_lr}
-    learner = FineTuning(frozen, head, job, args)
-    save = functools.partial(save_epoch, args, settings, config, []) if RANK == 0 else None
+    hparams = HParams(args.lr, args.weight_decay, args.label_smoothing, args.epochs)
+    options = train_options(args, deadline)
+    augmentation = Augmentation(VIEWS[args.augment], args.strong, len(dataset.classes))
+    requests = [FeatureRequest(split, VIEWS["none"]) for split in dataset.splits.values()]
+    features = extract_features(model, requests, open_cache(model, args), args.out, args.workers)
+    short = replace(hparams, epochs=PROBE_EPOCHS)
+    head, before = broadcast_from_rank0(lambda: train_first_head(model, dataset, features, short, options))
+    del features
+    learner = FineTuner(
+        *(model, head, dataset, options, augmentation, args.finetune, args.backbone_lr, args.clip_norm),
+        learn_statistics=args.weights == "none",
+        workers=args.workers,
+    )
+    save = functools.partial(files.record_epoch, []) if RANK == 0 else None
     try:
-        run, = fit(learner, [config], list(job.splits), args, deadline, job.unfinished, save)
+        runs = fit(learner, [Run(hparams, args.seed)], list(dataset.splits), options, unfinished, save)
     except torch.OutOfMemoryError:
-        advice = f"try --batch-size {args.batch_size // 2}" if args.batch_size > WORLD else "try a smaller --image-size"
-        raise UserError(f"no memory on {frozen.device} for batches of {args.batch_size} images of "
-                        f"{frozen.preprocessing['size']} pixels: {advice}") from None
-    if "val" in job.splits and score(run["best"]) < score(first):
-        log("warning: on val, no epoch of fine-tuning is better than the classifier alone; the best of them is saved all the "
-            "same. Try more --epochs, another --backbone-lr, or --finetune head")
-    weights = run["best"]["weights"]
-    frozen.update(strip("backbone.", weights))
-    run["best"] |= {"weights": strip("head.", weights)}
-    return config, [run]
+        advice = f"--batch-size {args.batch_size // 2}" if args.batch_size > WORLD_SIZE else "a smaller --image-size"
+        batches = f"batches of {args.batch_size} images of {model.preprocessing['size']} pixels"
+        raise UserError(f"not enough memory on {model.device} for {batches}: try {advice}") from None
+    best = runs[0].best
+    if "val" in dataset.splits and selection_key(best) < selection_key(before):
+        log(
+            "warning: no epoch of fine-tuning is better on val than the classifier alone; the best of them is saved "
+            "nevertheless. Try more --epochs, another --backbone-lr, or --finetune head"
+        )
+    learner.load_state_dict(best.weights)
+    trained = learner.updated_model()
+    fold_standardization(learner.network.head, trained.head)
+    sample = calibration_sample(dataset, augmentation.views)
+    if not sample:
+        return runs, best.temperature
+    requests, no_cache = [FeatureRequest(sample, augmentation.views)], FeatureCache(None, {})
+    features = extract_features(trained, requests, no_cache, args.out, args.workers)
+    return runs, calibrate_views(trained, features[0], sample.targets) if features else 1.0
 
 
-def strip(prefix: str, weights: dict) -> dict:
-    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+def train_first_head(
+    model: InferenceModel, dataset: Dataset, features: list[torch.Tensor], hparams: HParams, options: TrainOptions
+) -> tuple[torch.nn.Sequential, Epoch]:
+    """Train the classifier on the frozen network's features, as the start of fine-tuning."""
+    data = label_features(dataset, features, model.device)
+    head = standardized_head(model.head, data["train"].features)
+    options = replace(options, patience=None, deadline=math.inf)
+    splits = [split for split in data if split != "train"]
+    (run,) = fit(LinearProbes(head, data, options), [Run(hparams, options.seed)], splits, options)
+    log(f"the classifier alone, {hparams.epochs} epochs: {format_metrics(run.best.row)}")
+    head.load_state_dict(run.best.weights)
+    return head.cpu(), replace(run.best, weights=None)
 
 
-class FineTuning:
-    """The network and its head, which learn from images. It is measured by the fast path of the frozen model."""
-    spread_out = True  # over all processes
+def build_network(backbone: torch.nn.Module, head: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Join a backbone and a classifier: a module that maps normalized images [B, 3, S, S] to logits [B, C].
 
-    def __init__(self, frozen: FrozenModel, head: torch.nn.Sequential, job: SimpleNamespace, args):
-        self.frozen, self.device, self.args = frozen, frozen.device, args
-        self.clip_norm, self.classes = args.clip_norm, len(job.classes)
-        self.data = {split: (None, targets.to(self.device)) for split, (_, targets) in job.splits.items()}
-        count = len(self.data["train"][1])
-        self.steps = min(math.ceil(count / args.batch_size), max(1, count // WORLD))  # no process is without an image
-        least = count // self.steps // WORLD
-        self.images = Images(job.splits, job.files, frozen, args.workers)
-        if args.compile:
-            frozen.backbone  # a compiler that does not work shows here
-        frozen.compiled = False  # it changes with every epoch
-        backbone = frozen.copy_backbone().eval().to(self.device, memory_format=torch.channels_last)
-        backbone.requires_grad_(args.finetune == "all")
-        names = [name for name, _ in backbone.named_modules() if name]
-        if args.finetune == "last":
-            names = find_last_stage(backbone, frozen.preprocessing["size"])
-        stage = [backbone.get_submodule(name).requires_grad_(True) for name in names]
-        self.learning = [module for module in stage  # BatchNorm keeps its statistics, if it has any worth keeping
-                         if args.weights == "none" or not isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-        if least < 1 + any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in self.learning):
-            raise UserError(f"a step has {least} images in some process, too few to learn from, with random weights and "
-                            "BatchNorm at least 2: raise --batch-size, or start fewer processes")
-        self.network = torch.nn.Module()
-        self.network.backbone, self.network.head = backbone, head.to(self.device).requires_grad_(True)
-        self.run = self.network
-        self.network.forward = self.forward
-        tell_stage(backbone, names)
-        if WORLD > 1:
-            self.run = torch.nn.parallel.DistributedDataParallel(self.network)
-        if args.compile:
-            self.run = torch.compile(self.run)
-        self.trained = True  # since the frozen model has last taken its weights
+    The backbone computes in `dtype` where autocast allows it, the classifier in float32.
+    """
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images [B, 3, S, S] -> logits [B, classes]; the head computes in float32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.frozen.dtype == torch.bfloat16):
-            features = self.network.backbone(images)
-        return self.network.head(features.float())
+    class FineTunedNetwork(torch.nn.Module):  # defined in here, because torch is imported late
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = backbone, head
 
-    def groups(self, configs: list[dict]) -> list[dict]:
-        config, = configs
-        return [*parameter_groups(self.network.backbone, config["backbone_lr"], config),
-                *parameter_groups(self.network.head, config["lr"], config)]
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                features = self.backbone(images)
+            return self.head(features.float())
 
-    def batches(self, epoch: int):
-        """Yield (images [B, 3, S, S], class indices [B] or shares [B, C], this process's share of the step).
+    return FineTunedNetwork()
 
-        All that is random depends on the seed, the epoch and the process alone.
+
+class FineTuner:
+    """The network, or its last stage, with its classifier, trained on images; implements `Learner`.
+
+    It is evaluated by the fast path of an inference model.
+    """
+
+    distributed = True
+
+    def __init__(
+        self,
+        model: InferenceModel,
+        head: torch.nn.Sequential,
+        dataset: Dataset,
+        options: TrainOptions,
+        augmentation: Augmentation,
+        mode: str,
+        backbone_lr: float,
+        clip_norm: float,
+        learn_statistics: bool,
+        workers: int | None,
+    ) -> None:
+        """Prepare to train the last stage (mode "last") or all of the network.
+
+        `learn_statistics` is for a network with random weights: its BatchNorm learns statistics too.
         """
-        _, targets = self.data["train"]
-        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(hash((self.args.seed, epoch))))
-        steps = order.to(self.device).tensor_split(self.steps)  # at once: a GPU that waits for each step's would stand still
-        mine = [rows[RANK::WORLD] for rows in steps]
-        torch.manual_seed(hash((self.args.seed, epoch, RANK)))  # dropout too
-        for module in self.learning:
+        self.device, self.augmentation, self.seed = model.device, augmentation, options.seed
+        self.backbone_lr, self.clip_norm = backbone_lr, clip_norm
+        self.targets = {name: split.targets.to(self.device) for name, split in dataset.splits.items()}
+        count = len(dataset.splits["train"])
+        # No process has an empty step.
+        self.steps_per_epoch = min(math.ceil(count / options.batch_size), max(1, count // WORLD_SIZE))
+        self.pixels = PixelStore(dataset.splits, model, workers)
+        # Not compiled, since its weights change after every epoch.
+        self.model = InferenceModel(model.network, model.device, model.precision)
+        self.model_is_current = False
+        backbone = model.copy_backbone().eval().to(self.device, memory_format=torch.channels_last)
+        backbone.requires_grad_(mode == "all")
+        names = [name for name, _ in backbone.named_modules() if name]
+        if mode == "last":
+            names = last_stage_modules(backbone, model.preprocessing["size"])
+        trainable = [backbone.get_submodule(name).requires_grad_(True) for name in names]
+        log_trainable(backbone, names)
+        without_norms = [m for m in trainable if not isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        # Pre-trained BatchNorm keeps its statistics: it stays in eval mode.
+        self.in_train_mode = trainable if learn_statistics else without_norms
+        smallest = count // self.steps_per_epoch // WORLD_SIZE
+        if smallest < 1 + (len(self.in_train_mode) > len(without_norms)):
+            raise UserError(
+                f"a step has {smallest} images in some process, too few to train on (BatchNorm with random weights "
+                "needs 2): raise --batch-size, or start fewer processes"
+            )
+        self.network = build_network(backbone, head.to(self.device).requires_grad_(True), model.dtype)
+        self.parallel_network = self.network
+        if WORLD_SIZE > 1:
+            self.parallel_network = torch.nn.parallel.DistributedDataParallel(self.network)
+        if model.compiled:
+            _ = model.backbone  # raises UserError if the compiler does not work
+            self.parallel_network = torch.compile(self.parallel_network)
+
+    def param_groups(self, hparams: Sequence[HParams]) -> list[dict]:
+        (own,) = hparams
+        backbone = param_groups(self.network.backbone, self.backbone_lr, own)
+        return backbone + param_groups(self.network.head, own.lr, own)
+
+    def train_batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+        """Yield normalized images; all that is random depends on seed, epoch and process alone."""
+        targets = self.targets["train"]
+        order = torch.randperm(len(targets), generator=epoch_generator(self.seed, epoch))
+        # All at once: a GPU would have to wait if the indices of each step were sent to it.
+        steps = order.to(self.device).tensor_split(self.steps_per_epoch)
+        own = [rows[RANK::WORLD_SIZE] for rows in steps]
+        torch.manual_seed(epoch_generator(self.seed, epoch, RANK).initial_seed())  # dropout and augmentation
+        for module in self.in_train_mode:
             module.training = True
-        self.trained = True
-        for rows, own, pixels in zip(steps, mine, self.images.batches("train", mine)):
-            images, wanted = augment(self.frozen, pixels, targets[own], self.args, self.classes)
-            yield images.contiguous(memory_format=torch.channels_last), wanted, len(own) * WORLD / len(rows)
+        self.model_is_current = False
+        for rows, own_rows, pixels in zip(steps, own, self.pixels.batches("train", own)):
+            images, wanted = augment_batch(pixels, targets[own_rows], self.augmentation, self.model.normalize)
+            images = images.contiguous(memory_format=torch.channels_last)
+            yield images, wanted, len(own_rows) * WORLD_SIZE / len(rows)
 
-    def logits(self, images: torch.Tensor, active: list[int]) -> torch.Tensor:
-        return self.run(images)[:, None]
+    def forward(self, inputs: torch.Tensor, active: list[int]) -> torch.Tensor:
+        return self.parallel_network(inputs)[:, None]
 
-    def split_logits(self, split: str, active: list[int]):
-        """Yield (logits [B, 1, classes], class indices [B]) of this process's share of a split, of train a sample."""
-        if self.trained:
-            for buffer in self.network.buffers() if WORLD > 1 else ():  # BatchNorm's statistics, if they move, differ by now
-                torch.distributed.broadcast(buffer, 0)
+    def clip_gradients(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+
+    def updated_model(self) -> InferenceModel:
+        """Return the inference model, with the current weights of the backbone."""
+        if not self.model_is_current:
+            for buffer in self.network.buffers() if WORLD_SIZE > 1 else ():
+                torch.distributed.broadcast(buffer, 0)  # BatchNorm statistics that are learned differ between processes
             self.network.eval()
-            self.frozen.update(self.network.backbone.state_dict())
-            self.trained = False
-        _, targets = self.data[split]
-        step = math.ceil(len(targets) / TRAIN_SAMPLE) if split == "train" else 1
-        rows = torch.arange(0, len(targets), step, device=self.device)[RANK::WORLD]
-        chunks = [chunk for chunk in rows.split(self.frozen.batch_size) if len(chunk)]
-        with torch.no_grad():
-            for rows, pixels in zip(chunks, self.images.batches(split, chunks)):
-                yield self.network.head(self.frozen.features(pixels))[:, None], targets[rows]
+            self.model.load_backbone(self.network.backbone.state_dict())
+            self.model_is_current = True
+        return self.model
 
-    def weights(self, index: int) -> dict:
+    def eval_batches(self, split: str, active: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield this process's share of the images, of train only a sample."""
+        model, targets = self.updated_model(), self.targets[split]
+        every = math.ceil(len(targets) / TRAIN_SAMPLE) if split == "train" else 1
+        rows = torch.arange(0, len(targets), every, device=self.device)[RANK::WORLD_SIZE]
+        chunks = [chunk for chunk in rows.split(model.batch_size) if len(chunk)]
+        with torch.no_grad():
+            for chunk, pixels in zip(chunks, self.pixels.batches(split, chunks)):
+                yield self.network.head(model.forward_features(pixels))[:, None], targets[chunk]
+
+    def state_dict(self, index: int) -> dict[str, torch.Tensor]:
         return {key: value.clone() for key, value in self.network.state_dict().items()}
 
-    def load(self, weights: dict):
+    def load_state_dict(self, weights: dict[str, torch.Tensor]) -> None:
         update_weights(self.network, weights)
+        self.model_is_current = False
 
 
-def tell_stage(backbone: torch.nn.Module, names: list[str]):
-    """Say what of the network learns: its parts, and how many parameters."""
-    learning = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
-    parts = [name for name in names if any(p.requires_grad for p in backbone.get_submodule(name).parameters())
-             and not any(name.startswith(f"{other}.") for other in names)]
-    log(f"fine-tuning {', '.join(parts)}: {learning:,} of the network's {sum(p.numel() for p in backbone.parameters()):,} "
-        "parameters, and the classifier")
+def log_trainable(backbone: torch.nn.Module, names: list[str]) -> None:
+    """Log which modules of the network are trained, and how many parameters that is."""
+    total = sum(parameter.numel() for parameter in backbone.parameters())
+    trained = sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
+    with_weights = [name for name in names if any(p.requires_grad for p in backbone.get_submodule(name).parameters())]
+    outermost = [name for name in with_weights if not any(name.startswith(f"{other}.") for other in names)]
+    log(f"fine-tuning {', '.join(outermost)}: {trained:,} of the network's {total:,} parameters, and the classifier")
 
 
-class Images:
-    """The pixels of all splits: on the device, as bytes at the size of their files, if they fit; else read again each time."""
+def last_stage_modules(backbone: torch.nn.Module, size: int) -> list[str]:
+    """Return the names of the modules of a network's last stage, in the order in which they run.
 
-    def __init__(self, splits: dict, files: dict, frozen: FrozenModel, workers: int | None):
-        self.splits, self.frozen = splits, frozen
-        self.preprocessing, device = frozen.preprocessing, frozen.device
-        self.stamps = {path: stamp for split, (paths, _) in splits.items() for path, (_, stamp) in zip(paths, files[split])}
-        self.workers = workers or (max(1, (os.cpu_count() or 1) // 4) if device.type == "cpu" else None)  # the rest computes
-        self.resident = {}
-        with ThreadPoolExecutor(reader_threads(workers)) as executor:
-            sides = {min(size) for paths, _ in splits.values() for size in executor.map(image_size, paths)}
-        size, processes = self.preprocessing["size"], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        side = min(sides.pop(), size) if len(sides) == 1 and device.type != "mps" else size  # old versions lack resize on MPS
-        # A GPU rounds otherwise when it resizes, so there only what is learned from is resized by it, not what is measured.
-        stored = {split: size if device.type == "cuda" and split != "train" else side for split in splits}
-        room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else usable_memory() / processes
-        if sum(3 * stored[split] ** 2 * len(paths) for split, (paths, _) in splits.items()) > room:
-            return
-        for split, (paths, _) in splits.items():
-            pixels = torch.empty(len(paths), 3, stored[split], stored[split], dtype=torch.uint8, device=device)
-            for row, image in enumerate(self.read(paths, self.preprocessing | {"size": stored[split]})):
-                pixels[row] = image
-            self.resident[split] = pixels
-
-    def read(self, paths, preprocessing: dict):
-        for batch in read_batches(paths, preprocessing, self.frozen.batch_size, self.workers):
-            for path, pixels in batch:
-                if isinstance(pixels, ImageError):
-                    raise pixels
-                check_unchanged(path, self.stamps[path])
-                yield pixels
-
-    def batches(self, split: str, chunks: list[torch.Tensor]):
-        """Yield uint8 pixels [B, 3, S, S] for the rows [B], on the device, of each chunk."""
-        size, paths = self.preprocessing["size"], self.splits[split][0]
-        if split in self.resident:
-            pixels = self.resident[split]
-            for rows in chunks:
-                yield resize(pixels[rows], size, self.preprocessing["interpolation"])
-        else:
-            stream = self.read((paths[row] for row in torch.cat(chunks).tolist()), self.preprocessing)
-            for rows in chunks:
-                yield send(torch.stack(list(islice(stream, len(rows)))), self.frozen.device)
-
-
-def image_size(path) -> tuple[int, int]:
-    """Width and height from a file's header; ImageError for one that has none."""
-    try:
-        with PIL.Image.open(path) as image:
-            return image.size
-    except Exception:  # read_image says what is wrong with it
-        return read_image(path).size
-
-
-def augment(frozen: FrozenModel, pixels: torch.Tensor, targets: torch.Tensor, args, classes: int):
-    """uint8 pixels [B, 3, S, S] and class indices [B] -> normalised images and class indices, or shares [B, C] of classes.
-
-    Each image is seen in a view of --augment drawn at random. `strong` adds TrivialAugmentWide (Mueller and Hutter, ICCV
-    2021), random erasing (Zhong et al., AAAI 2020) of a quarter of the images, and to the batch CutMix (Yun et al., ICCV
-    2019) or MixUp (Zhang et al., ICLR 2018). The first two are drawn for a few images at a time, which are in random order.
+    A stage is a row of modules that work at one resolution: the last one begins with the first module whose output has
+    the smallest side and whose input has that side or the next larger one; modules that span more are looked into. It
+    ends with the network. Where the maps do not shrink (vision transformers) it is the last quarter of the longest row
+    of equal blocks, and what follows.
     """
-    views = torch.tensor(VIEWS[args.augment])
-    turns, mirrored = views[torch.randint(len(views), (len(pixels),))].unbind(1)
-    for chosen, view in ((mirrored > 0, (0, True)), (turns % 2 > 0, (1, False)), (turns > 1, (2, False))):  # few, for a GPU
-        if chosen.any():
-            pixels = torch.where(send(chosen, pixels.device)[:, None, None, None], turn(pixels, *view), pixels)
-    if not args.strong:
-        return frozen.normalise(pixels), targets
-    trivial, erase = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR), v2.RandomErasing(p=0.25)
-    together = math.ceil(len(pixels) / STRONG_DRAWS)
-    images = frozen.normalise(torch.cat([trivial(part) for part in pixels.split(together)]))
-    images = torch.cat([erase(part) for part in images.split(together)])
-    return v2.RandomChoice([v2.CutMix(num_classes=classes), v2.MixUp(alpha=0.2, num_classes=classes)])(images, targets)
+    started: list[str] = []
+    sides: dict[str, tuple[int | None, int | None]] = {}  # of the input and output maps of modules with weights
 
-
-def find_last_stage(backbone: torch.nn.Module, size: int) -> list[str]:
-    """The names of the modules of a network's last stage, in the order in which they run.
-
-    A stage is what works at one resolution: the last one begins with the first part that gives maps of the smallest side
-    from maps of that side or the next larger one; a part that spans more than these is looked into. It ends with the
-    network. In one whose maps do not shrink (vision transformers) it is the last quarter of the longest row of equal blocks,
-    and what follows.
-    """
-    started, sides = [], {}
-
-    def side(value):
+    def side(value: Any) -> int | None:
         return value.shape[2] if torch.is_tensor(value) and value.dim() == 4 else None
 
-    def start(name, *_):
+    def start(name: str, *_: object) -> None:
         started.append(name)
 
-    def end(name, module, inputs, output):
+    def end(name: str, module: torch.nn.Module, inputs: tuple, output: Any) -> None:
         if any(True for _ in module.parameters()):
             sides.setdefault(name, (side(inputs[0] if inputs else None), side(output)))
-    hooks = [hook for name, module in backbone.named_modules() if name for hook in
-             (module.register_forward_pre_hook(functools.partial(start, name)),
-              module.register_forward_hook(functools.partial(end, name)))]
+
+    hooks = []
+    for name, module in backbone.named_modules():
+        if name:
+            hooks.append(module.register_forward_pre_hook(functools.partial(start, name)))
+            hooks.append(module.register_forward_hook(functools.partial(end, name)))
     if not hasattr(backbone, "image_size"):
-        size = max(size, 224)  # small images shrink to single pixels before the end
+        size = max(size, 224)  # maps of smaller images shrink to single pixels before the end
     with torch.no_grad():
         backbone.eval()(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device))
     for hook in hooks:
         hook.remove()
     layers = [name for name in sides if any(True for _ in backbone.get_submodule(name).parameters(recurse=False))]
     smallest = sorted({sides[name][1] for name in layers} - {None, 1})[:2]  # 1: squeeze and excitation
-    first = next((name for name in started if sides.get(name, (0, 0))[0] in smallest and sides[name][1] == smallest[0]), None)
+    stage = (name for name in started if sides.get(name, (0, 0))[0] in smallest and sides[name][1] == smallest[0])
+    first = next(stage, None)
     if first is None or len(smallest) < 2:
-        rows = [[f"{name}.{child}" for child, _ in module.named_children()] for name, module in backbone.named_modules()
-                if name and len(set(map(type, module.children()))) == 1]
+        rows = [
+            [f"{name}.{child}" for child, _ in module.named_children()]
+            for name, module in backbone.named_modules()
+            if name and len(set(map(type, module.children()))) == 1
+        ]
         blocks = max(rows, key=len, default=started)
         first = blocks[-math.ceil(len(blocks) / 4)]
-    return list(dict.fromkeys(started[started.index(first):]))
+    return list(dict.fromkeys(started[started.index(first) :]))
 
 
-# ---------------------------------------------------------------- files
+class PixelStore:
+    """The pixels of all splits: on the device, at the size of the files, if they fit; otherwise read every time."""
 
-def write_history(path: Path, history: list[dict]):
-    with replacing(path) as file:
-        writer = csv.DictWriter(file, HISTORY_FIELDS)
-        writer.writeheader()
-        writer.writerows(history)
+    def __init__(self, splits: dict[str, Split], model: InferenceModel, workers: int | None) -> None:
+        self.splits, self.preprocessing, self.device = splits, model.preprocessing, model.device
+        self.batch_size, self.workers = model.batch_size, workers
+        if workers is None and self.device.type == "cpu":
+            self.workers = max(1, (os.cpu_count() or 1) // 4)  # the other cores compute
+        self.resident: dict[str, torch.Tensor] = {}  # uint8 [N, 3, s, s] of each split
+        with ThreadPoolExecutor(reader_threads(workers)) as executor:
+            paths = [path for split in splits.values() for path in split.paths]
+            sides = {min(size) for size in executor.map(image_size, paths)}
+        size, processes = self.preprocessing["size"], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        side = size
+        if len(sides) == 1 and self.device.type != "mps":  # MPS lacks this resize in older versions of torch
+            side = min(sides.pop(), size)
+        # A GPU resizes with other rounding than the CPU, so it resizes what is trained on, but not what is measured.
+        stored = {name: size if self.device.type == "cuda" and name != "train" else side for name in splits}
+        room = usable_memory() / processes
+        if self.device.type == "cuda":
+            room = torch.cuda.mem_get_info(self.device)[0] / 2
+        if sum(3 * stored[name] ** 2 * len(split) for name, split in splits.items()) > room:
+            return
+        for name, split in splits.items():
+            shape = (len(split), 3, stored[name], stored[name])
+            pixels = torch.empty(shape, dtype=torch.uint8, device=self.device)
+            for row, image in enumerate(self.read(split, range(len(split)), stored[name])):
+                pixels[row] = image
+            self.resident[name] = pixels
+
+    def read(self, split: Split, rows: Sequence[int], size: int) -> Iterator[torch.Tensor]:
+        """Yield the pixels [3, size, size] of these rows of a split, read from their files."""
+        paths = (split.paths[row] for row in rows)
+        batches = read_batches(paths, self.preprocessing | {"size": size}, self.batch_size, self.workers)
+        stream = (item for batch in batches for item in batch)
+        for row, (path, pixels) in zip(rows, stream):
+            if isinstance(pixels, ImageError):
+                raise pixels
+            check_unchanged(path, split.stamps[row])
+            yield pixels
+
+    def batches(self, name: str, chunks: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yield the pixels [B, 3, S, S] of each chunk of rows [B], on the device."""
+        size = self.preprocessing["size"]
+        if name in self.resident:
+            for rows in chunks:
+                yield resize(self.resident[name][rows], size, self.preprocessing["interpolation"])
+        else:
+            stream = self.read(self.splits[name], torch.cat(chunks).tolist(), size)
+            for rows in chunks:
+                yield to_device(torch.stack(list(islice(stream, len(rows)))), self.device)
 
 
-def save_last(args, settings: dict, **state):
-    """Write OUT/last.pt: the state of a run under way, or that it has finished."""
-    write_torch(args.out / "last.pt", {"format": RUN_FORMAT, "version": FORMAT_VERSION, "settings": settings, **state})
+def image_size(path: str) -> tuple[int, int]:
+    """Return width and height from a file's header, or from its pixels. Raises ImageError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception:  # read_image explains what is wrong
+        return read_image(path).size
 
 
-def write_torch(path: Path, content: dict):
-    buffer = io.BytesIO()  # torch.save would turn a full disk's OSError into a RuntimeError
+def augment_batch(
+    pixels: torch.Tensor,
+    targets: torch.Tensor,
+    augmentation: Augmentation,
+    normalize: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Augment uint8 pixels [B, 3, S, S] with class indices [B]: normalized images, and indices or probabilities [B, C].
+
+    Each image is turned into one of the views, drawn at random. Strong augmentation adds TrivialAugmentWide (Mueller
+    and Hutter, ICCV 2021), random erasing (Zhong et al., AAAI 2020) of a quarter of the images, and CutMix (Yun et al.,
+    ICCV 2019) or MixUp (Zhang et al., ICLR 2018) of the batch. To add a transform of pixels, put it beside
+    TrivialAugmentWide; of normalized images, beside random erasing. Both are drawn for a sixteenth of the batch, which
+    is in random order.
+    """
+    views = torch.tensor(augmentation.views)
+    turns, mirrored = views[torch.randint(len(views), (len(pixels),))].unbind(1)
+    for chosen, view in ((mirrored > 0, (0, True)), (turns % 2 > 0, (1, False)), (turns > 1, (2, False))):
+        if chosen.any():
+            mask = to_device(chosen, pixels.device)[:, None, None, None]
+            pixels = torch.where(mask, apply_view(pixels, view), pixels)
+    if not augmentation.strong:
+        return normalize(pixels), targets
+    trivial_augment = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
+    random_erasing = v2.RandomErasing(p=0.25)
+    classes = {"num_classes": augmentation.num_classes}
+    mix = v2.RandomChoice([v2.CutMix(**classes), v2.MixUp(alpha=0.2, **classes)])
+    chunk = math.ceil(len(pixels) / STRONG_CHUNKS)
+    images = normalize(torch.cat([trivial_augment(part) for part in pixels.split(chunk)]))
+    images = torch.cat([random_erasing(part) for part in images.split(chunk)])
+    return mix(images, targets)
+
+
+# ---------------------------------------------------------------- results
+
+
+@dataclass
+class RunFiles:
+    """The files in the output folder of a run: model.pt, history.csv and last.pt."""
+
+    folder: Path
+    settings: dict  # all that shapes the result, see `run_settings`
+    live_history: bool  # whether history.csv follows the run under way; not if the old model.pt may be kept
+
+    def record_epoch(self, completed: list[Run], run: Run, epoch: Epoch, optimizer: dict, weights: dict) -> None:
+        """Log an epoch, and save the state of its run after it; `completed` are the runs of earlier seeds."""
+        row, notes = epoch.row, ""
+        if row["val_loss"] is not None:
+            best = "  best so far" if run.best.row["epoch"] == row["epoch"] else ""
+            notes = f"  calibrated val loss {epoch.calibrated_nll:.4f}{best}"
+        log(f"epoch {row['epoch']}/{run.hparams.epochs}  {format_metrics(row)}{notes}")
+        with defer_signals():
+            if self.live_history:
+                self.write_history(run)
+            state = {"completed": [run.to_dict() for run in completed], "run": run.to_dict()}
+            self.write_last({**state, "optimizer": optimizer, "weights": weights, "finished": False})
+
+    def publish(self, checkpoint: dict, run: Run, tuned: bool) -> None:
+        """Replace model.pt by the finished model, and what belongs to it."""
+        with defer_signals():
+            write_torch_file(self.folder / "model.pt", checkpoint)
+            self.write_history(run)
+            for stale in ("tune.csv", "tune.png") if not tuned else ():  # of an earlier model
+                (self.folder / stale).unlink(missing_ok=True)
+
+    def write_history(self, run: Run) -> None:
+        rows = [[row[name] for name in HISTORY_FIELDS] for row in run.history]
+        write_csv(self.folder / "history.csv", HISTORY_FIELDS, rows)
+
+    def write_last(self, state: dict) -> None:
+        head = {"format": RUN_FORMAT, "version": RUN_VERSION, "settings": self.settings}
+        write_torch_file(self.folder / "last.pt", head | state)
+
+
+def write_torch_file(path: Path, content: dict) -> None:
+    """Write a dict by torch.save, atomically."""
+    buffer = io.BytesIO()  # torch.save would turn the OSError of a full disk into a RuntimeError
     torch.save(content, buffer)
-    with replacing(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         file.write(buffer.getbuffer())
 
 
-def save_model(args, frozen: FrozenModel, job: SimpleNamespace, best: dict, config: dict):
-    """Write OUT/model.pt, the finished model, with everything that evaluate.py and predict.py need."""
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[frozen.dtype]
-    write_torch(args.out / "model.pt", {
-        "format": CHECKPOINT_FORMAT, "version": FORMAT_VERSION, "arch": args.arch, "model_kwargs": job.model_kwargs,
-        "classes": job.classes, "preprocessing": frozen.preprocessing, "temperature": best["temperature"],
-        "temperature_tta": best["temperature_tta"], "views": VIEWS[args.augment], "metrics": best["row"],
-        "state_dict": frozen.model.cpu().state_dict(),
-        "args": plain_arguments(args) | config | {"precision": precision},
-        "versions": {"python": platform.python_version(), **library_versions()}})
+def checkpoint_content(
+    model: InferenceModel, classes: list[str], run: Run, temperature_tta: float, arguments: dict
+) -> dict:
+    """Return the content of model.pt: everything that evaluate.py and predict.py need."""
+    network, best = model.network, run.best
+    args = plain_values(arguments) | asdict(run.hparams) | {"seed": run.seed, "precision": model.precision}
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "version": FORMAT_VERSION,
+        "arch": network.arch,
+        "model_kwargs": network.model_kwargs,
+        "classes": classes,
+        "preprocessing": network.preprocessing,
+        "temperature": best.temperature,
+        "temperature_tta": temperature_tta,
+        "views": VIEWS[arguments["augment"]],
+        "metrics": best.row,
+        "state_dict": network.model.cpu().state_dict(),
+        "args": args,
+        "versions": {"python": platform.python_version(), **library_versions()},
+    }
 
 
-def library_versions() -> dict[str, str]:
-    return {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__), "pillow": PIL.__version__}
+def format_metrics(row: dict) -> str:
+    """Format the losses and accuracies of a row of the history as text."""
+    measured = [split for split in SPLITS if row[f"{split}_loss"] is not None]
+    return "  ".join(f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_acc']:.4f}" for split in measured)
+
+
+def summarize_seeds(runs: Sequence[Run]) -> dict:
+    """Return mean and standard deviation of the accuracies over several seeds, and log them."""
+    if len(runs) < 2:
+        return {}
+    best = best_run(runs)
+    summary = {"seeds": len(runs), "best_seed": best.seed}
+    selected = "is the best on val" if best.best.row["val_acc"] is not None else "is the last: there is no val"
+    log(f"the saved model, of seed {best.seed}, {selected}")
+    for split in ("val", "test"):
+        values = [run.best.row[f"{split}_acc"] for run in runs]
+        if None not in values:
+            mean, deviation = statistics.mean(values), statistics.stdev(values)
+            summary |= {f"{split}_acc_mean": mean, f"{split}_acc_std": deviation}
+            log(f"{split} accuracy over {len(values)} seeds: {mean:.4f} ± {deviation:.4f}")
+    return summary
 
 
 if __name__ == "__main__":

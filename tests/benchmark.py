@@ -1,4 +1,4 @@
-"""Timing that anyone can repeat: the feature pass against the bare forward, and whole commands against the notebook way.
+"""Measure speed and accuracy, so that every number in the README can be measured again.
 
     python tests/benchmark.py pass --data data/eurosat --arch resnet50
     python tests/benchmark.py cache --data data/eurosat --arch mobilenet_v2
@@ -8,20 +8,37 @@
     python tests/benchmark.py predict --data data/eurosat --arch resnet50
     python tests/benchmark.py mosaic --data data/eurosat --checkpoint runs/eurosat/model.pt
 
-`pass` measures in turn, several rounds: a matrix product, the frozen backbone on images in memory, the network as a notebook
-runs it (fp32, NCHW, batches of 64, BatchNorm not folded), and train.py's pass from files to features; medians and ratios.
-`cache` runs train.py cold, warm, and with the bytes of 1 % of the images changed: seconds, seconds of a head epoch, memory.
-`compare` runs, in turn: the notebook way (`notebook`, below), train.py with an empty cache, train.py again.
-`fewshot` trains on 10, 50 and 100 images of each class of train, without val, and tells the accuracy on all of test: mean and
-deviation over five draws of images.
-`finetune` measures epochs of fine-tuning, with augmentation, against the same steps on random images that are at hand.
-`predict` measures predict.py in pairs: from image files to records against the bare forward on images in memory; and one image,
-start to end, against a Python that imports torch and torchvision, plus one forward.
-`mosaic` lays out 16 x 12 test tiles as a scene of regions, has predict.py map it, and compares the map with the truth.
+pass      images/s of four tasks: a matrix product, converted to images by their number of operations; the frozen
+          backbone as train.py runs it, on images in memory ("bare forward"); the network as tutorials run it, on images
+          in memory (fp32, planar layout, BatchNorm not folded, batches of 64); and train.py's feature pass, from image
+          files to features, with the hashes of the files and without the cache. Images have 224 pixels. Each task runs
+          once before the first round, to warm up.
+cache     seconds of three runs of train.py: with an empty cache, again, and after the bytes of 1 % of the images have
+          changed; besides, the peak memory of the first run, and the median seconds of an epoch of the third.
+compare   seconds of whole commands: the tutorial way (the subcommand `notebook`, which runs the frozen network over all
+          images in each epoch), train.py with an empty cache, and the same again.
+fewshot   test accuracy after training with dihedral views on 10, 50 and 100 images of each class (--shots), without
+          val: mean and standard deviation over five random draws of images (--draws).
+finetune  images/s of training all layers: an epoch with augmentation, from image files or pixels in memory as in
+          train.py, and the same number of steps on random images on the device. One round warms up.
+predict   images/s from image files to CSV records, and of the backbone alone, on images in memory; and seconds of
+          predict.py for one image, and of a Python process that imports torch and torchvision, plus one forward pass.
+          Each task runs once before the first round, to warm up. Images have 224 pixels.
+mosaic    share of correct cells in predict.py's map of a scene made of 16 x 12 test tiles, which form regions of one
+          class, for tiles side by side and for tiles that overlap by half.
+
+Tasks that are compared alternate: each round measures each of them once, one after the other, on the same machine. A
+ratio is that of two measurements of the same round (a pair), so that a slow minute of the machine affects both sides.
+Printed are the medians over --rounds, with the lowest and the highest value in parentheses. Except for fewshot and
+mosaic, weights are random by default, because speed does not depend on them.
 """
+
+from __future__ import annotations
+
 import argparse
 import contextlib
 import csv
+import json
 import random
 import shutil
 import statistics
@@ -29,35 +46,73 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import torch
+    from common import Network
+
+# Not from conftest.py, which changes the environment for the tests.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+PREPROCESSING = {"size": 224, "interpolation": "bilinear", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
-def parse_args():
+def main() -> None:
+    args = parse_args()
+    job = TrainingJob(args.data, args.arch, args.weights, args.epochs, args.device, args.precision)
+    if args.what == "pass":
+        measure_pass(args.data, args.arch, args.images, args.rounds, args.device, args.precision)
+    elif args.what == "cache":
+        measure_cache(job)
+    elif args.what == "compare":
+        compare_with_tutorial(job, args.rounds)
+    elif args.what == "notebook":
+        train_as_tutorials_do(args.data, args.arch, args.weights, args.epochs, args.device)
+    elif args.what == "fewshot":
+        measure_few_shots(job, args.shots, args.draws, args.options.split())
+    elif args.what == "finetune":
+        learner = make_learner(job, args.images, args.image_size, args.batch_size, args.augment.split())
+        measure_finetune(learner, args.rounds)
+    elif args.what == "predict":
+        measure_predict(args.data, args.arch, args.images, args.rounds, args.device, args.precision)
+    else:
+        map_mosaic(args.data, args.checkpoint, args.out)
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pass", "cache", "compare", "notebook", "fewshot", "finetune", "predict", "mosaic"))
+    names = ("pass", "cache", "compare", "notebook", "fewshot", "finetune", "predict", "mosaic")
+    parser.add_argument("what", choices=names)
     parser.add_argument("--data", type=Path, default=Path("data/eurosat"))
     parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--weights", default="none", help="a torchvision state dict, or none: speed does not depend on it")
-    parser.add_argument("--images", type=int, default=256, help="pass, predict: images per round")
+    parser.add_argument("--weights", default="none", help="a torchvision state dict, or none")
+    parser.add_argument("--images", type=int, default=256, help="pass, finetune, predict: images per round")
     parser.add_argument("--checkpoint", type=Path, help="mosaic: the model.pt to map it with")
-    parser.add_argument("--out", type=Path, default=Path("mosaic"), help="mosaic: folder for the scene and its map")
+    parser.add_argument("--out", type=Path, default=Path("mosaic"), help="mosaic: folder for the scene and its maps")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--image-size", type=int, default=224, help="finetune")
     parser.add_argument("--batch-size", type=int, default=64, help="finetune")
-    parser.add_argument("--augment", default="dihedral", help="finetune: as in train.py, in one argument")
+    parser.add_argument("--augment", default="dihedral", help="finetune: as in train.py, as one argument")
     parser.add_argument("--device", help="as in train.py")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--options", default="", help="fewshot: further options of train.py, in one argument")
+    parser.add_argument("--precision", default="auto", help="as in train.py")
+    parser.add_argument("--shots", type=int, nargs="+", default=[10, 50, 100], help="fewshot: images per class")
+    parser.add_argument("--draws", type=int, default=5, help="fewshot: random draws of images, at least 2")
+    parser.add_argument("--options", default="", help="fewshot: further options of train.py, as one argument")
     return parser.parse_args()
 
 
-def seconds(work, device) -> float:
+# ---------------------------------------------------------------- measuring
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds that work() takes, including what it started on the device."""
     import torch
+
     start = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -65,87 +120,205 @@ def seconds(work, device) -> float:
     return time.perf_counter() - start
 
 
-def measure_pass(args):
+def timed_command(arguments: Sequence[object]) -> float:
+    """Return the seconds that a Python command takes, from start to end."""
+    start = time.perf_counter()
+    line = [sys.executable, *map(str, arguments)]
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def summary(values: Sequence[float], digits: int) -> str:
+    """Return the median, with the lowest and the highest value, as text."""
+    median, low, high = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    return f"{median}   ({low} to {high})"
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def print_ratio(rates: dict[str, list[float]], a: str, b: str, digits: int = 2) -> None:
+    """Print the ratio of two rates or times, of which each round has a pair."""
+    print(f"{a} / {b}: {summary([x / y for x, y in zip(rates[a], rates[b])], digits)}")
+
+
+def sample_evenly(paths: list[str], count: int) -> list[str]:
+    """Return `count` paths, evenly spread over all, so that all classes are among them."""
+    return paths[:: max(1, len(paths) // count)][:count]
+
+
+# ---------------------------------------------------------------- pass
+
+
+def measure_pass(data: Path, arch: str, count: int, rounds: int, device_name: str | None, precision: str) -> None:
     import torch
     import torchvision
+    from common import VIEWS, FeatureCache, FeatureRequest, InferenceModel, Split, extract_features, hash_images
+    from common import list_split, pick_device
     from torch.utils.flop_counter import FlopCounterMode
 
-    import train
-    from common import FrozenModel, pick_device, read_split
-    device = pick_device(args.device)
-    model = torchvision.models.get_model(args.arch, num_classes=10).eval()
-    preprocessing = {"size": 224, "interpolation": "bilinear", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    frozen = FrozenModel(model, preprocessing, 10, device, args.precision)
-    paths = read_split(args.data / "train")[0]
-    paths = paths[::max(1, len(paths) // args.images)][:args.images]
+    device, network = pick_device(device_name), random_network(arch)
+    paths = sample_evenly(list_split(data / "train")[0], count)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, 224, 224))
-    flops = counter.get_total_flops()
-    n = 4096 if device.type == "cpu" else 16384
-    matrix = torch.randn(n, n, device=device, dtype=frozen.dtype)
-    images = torch.randn(frozen.batch_size, 3, 224, 224, device=device, dtype=frozen.dtype)
-    images = images.to(memory_format=torch.channels_last)
-    plain_model = torchvision.models.get_model(args.arch, num_classes=10).eval().to(device)
+        network.model(torch.zeros(1, 3, 224, 224))
+    flops, model = counter.get_total_flops(), InferenceModel(network, device, precision)
+    size = 4096 if device.type == "cpu" else 16384
+    matrix = torch.randn(size, size, device=device, dtype=model.dtype)
+    images = random_images(model, model.batch_size)
+    plain_model = torchvision.models.get_model(arch, num_classes=10).eval().to(device)
     plain_images = torch.randn(64, 3, 224, 224, device=device)
+    bare_batches, plain_batches = max(1, len(paths) // model.batch_size), max(1, len(paths) // 64)
 
-    def bare():
-        with torch.inference_mode():
-            for _ in range(max(1, len(paths) // frozen.batch_size)):
-                frozen.backbone(images)
-
-    def plain():
+    def run_plain() -> None:
         with torch.no_grad():
-            for _ in range(max(1, len(paths) // 64)):
+            for _ in range(plain_batches):
                 plain_model(plain_images)
 
-    def from_files():
-        job = SimpleNamespace(splits={"train": (paths, torch.zeros(len(paths)))}, files={"train": train.hash_files(paths, None)})
-        train.extract_features(frozen, job, {}, SimpleNamespace(finetune="head", augment="none", no_cache=True, workers=None, out=None))
-    works = {"matrix": lambda: matrix @ matrix, "bare": bare, "plain": plain, "pass": from_files}
-    amounts = {"matrix": 2 * n ** 3 / flops, "bare": max(1, len(paths) // frozen.batch_size) * frozen.batch_size,
-               "plain": max(1, len(paths) // 64) * 64, "pass": len(paths)}
-    for work in works.values():
+    def run_pass() -> None:
+        split = Split(paths, torch.zeros(len(paths), dtype=torch.int64), *hash_images(paths, None))
+        extract_features(model, [FeatureRequest(split, VIEWS["none"])], FeatureCache(None, {}), Path())
+
+    tasks = {
+        "matrix": (lambda: matrix @ matrix, 2 * size**3 / flops),
+        "bare": (lambda: run_backbone(model, images, bare_batches), bare_batches * model.batch_size),
+        "plain": (run_plain, plain_batches * 64),
+        "pass": (run_pass, len(paths)),
+    }
+    for work, _ in tasks.values():
         work()
-    rates = {name: [] for name in works}
-    for _ in range(args.rounds):
-        for name, work in works.items():
-            rates[name].append(amounts[name] / seconds(work, device))
-    middle = {name: statistics.median(values) for name, values in rates.items()}
-    print(f"{args.arch}, 224 px, {frozen.dtype}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{flops / 1e9:.2f} GFLOP/image")
-    for name, text in (("matrix", f"matrix product, {middle['matrix'] * flops / 1e9:.0f} GFLOP/s, as images"), ("bare", "bare forward"),
-                       ("plain", "forward as a notebook does it"), ("pass", "pass, files to features")):
-        print(f"{text:42} {middle[name]:8.1f} img/s   ({min(rates[name]):.1f} to {max(rates[name]):.1f})")
+    rates = {name: [] for name in tasks}
+    for _ in range(rounds):
+        for name, (work, amount) in tasks.items():
+            rates[name].append(amount / timed(work, device))
+    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{arch}, 224 px, {model.dtype}, {device}, {threads}, {flops / 1e9:.2f} GFLOP/image")
+    texts = {
+        "matrix": f"matrix product, {statistics.median(rates['matrix']) * flops / 1e9:.0f} GFLOP/s, as images",
+        "bare": "bare forward, images in memory",
+        "plain": "forward as in tutorials",
+        "pass": "pass, files to features",
+    }
+    for name, text in texts.items():
+        print(f"{text:42} {summary(rates[name], 1)} img/s")
     for a, b in (("pass", "bare"), ("bare", "matrix"), ("bare", "plain")):
-        ratios = [x / y for x, y in zip(rates[a], rates[b])]
-        print(f"{a} / {b}: {statistics.median(ratios):.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+        print_ratio(rates, a, b)
 
 
-def notebook(args):
-    """What tutorials do: the frozen network runs over every image in every epoch."""
+def random_network(arch: str) -> Network:
+    """Return a network with random weights for ten classes and images of 224 pixels."""
+    import torchvision
+    from common import Network
+
+    model = torchvision.models.get_model(arch, num_classes=10).eval()
+    return Network(arch, {"num_classes": 10}, PREPROCESSING, model)
+
+
+def random_images(model: Any, count: int) -> torch.Tensor:
+    """Return normalized images on the device, in the layout and type of the model's backbone."""
     import torch
+
+    images = torch.randn(count, 3, 224, 224, device=model.device, dtype=model.dtype)
+    return images.to(memory_format=torch.channels_last)
+
+
+def run_backbone(model: Any, images: torch.Tensor, times: int = 1) -> None:
+    """Run the backbone of an inference model on normalized images, without reading, resizing or normalizing."""
+    import torch
+
+    with torch.inference_mode():
+        for _ in range(times):
+            model.backbone(images)
+
+
+# ---------------------------------------------------------------- cache and compare: whole trainings
+
+
+@dataclass
+class TrainingJob:
+    """What the commands that are compared train, and how."""
+
+    data: Path
+    arch: str
+    weights: str
+    epochs: int
+    device: str | None
+    precision: str
+
+    def common_options(self) -> list[object]:
+        options = ["--arch", self.arch, "--weights", self.weights, "--epochs", self.epochs]
+        return options + (["--device", self.device] if self.device else [])
+
+    def train_command(self, folder: str, data: Path | None = None) -> list[object]:
+        """Return train.py's command line, with output and cache in a folder."""
+        options = ["--precision", self.precision, "--out", f"{folder}/run", "--cache", f"{folder}/cache"]
+        return [ROOT / "train.py", "--data", data or self.data, *self.common_options(), *options]
+
+
+def measure_cache(job: TrainingJob) -> None:
+    import resource
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(shutil.copytree(job.data, f"{folder}/data"))
+        command = job.train_command(folder, data)
+        cold = timed_command(command)
+        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        print(f"empty cache: {cold:.1f} s, peak memory {memory:.2f} GiB")
+        warm = timed_command(command)
+        print(f"again: {warm:.1f} s, {warm / cold:.1%} of the first run")
+        images = sorted(path for path in data.glob("*/*/*") if path.is_file())
+        changed = images[::100]
+        for path in changed:
+            with open(path, "ab") as file:
+                file.write(b"\n")  # another content with the same pixels
+        third = timed_command(command)
+        share = (third - warm) / (cold - warm)
+        print(f"{len(changed)} of {len(images)} images changed: {third:.1f} s, {share:.1%} of the feature pass")
+        seconds = [float(row["seconds"]) for row in read_csv(Path(folder, "run", "history.csv"))]
+        print(f"an epoch of the classifier: {statistics.median(seconds):.2f} s (median)")
+
+
+def compare_with_tutorial(job: TrainingJob, rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        train = job.train_command(folder)
+        tutorial = [__file__, "notebook", "--data", job.data, *job.common_options()]
+        commands = {"notebook": tutorial, "cold": train, "warm": train}
+        times = {name: [] for name in commands}
+        for number in range(rounds):
+            shutil.rmtree(f"{folder}/cache", ignore_errors=True)
+            for name, command in commands.items():
+                times[name].append(timed_command(command))
+                print(f"round {number + 1}  {name:9} {times[name][-1]:8.1f} s", flush=True)
+        print_ratio(times, "notebook", "cold", 1)
+        print_ratio(times, "notebook", "warm", 1)
+
+
+def train_as_tutorials_do(data: Path, arch: str, weights: str, epochs: int, device_name: str | None) -> None:
+    """Train a new classifier while the frozen network runs over every image in every epoch."""
+    import torch
+    from common import classifier_name
     from torch import nn
     from torch.utils.data import DataLoader
     from torchvision import datasets, models, transforms
 
-    from common import find_head
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    transform = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor(),
-                                    transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
-    train_set, test_set = (datasets.ImageFolder(args.data / split, transform) for split in ("train", "test"))
+    device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    normalize = transforms.Normalize(PREPROCESSING["mean"], PREPROCESSING["std"])
+    transform = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor(), normalize])
+    train_set, test_set = (datasets.ImageFolder(data / split, transform) for split in ("train", "test"))
     train_loader = DataLoader(train_set, batch_size=64, shuffle=True, num_workers=2)
     test_loader = DataLoader(test_set, batch_size=64, num_workers=2)
-    model = models.get_model(args.arch)
-    if args.weights != "none":
-        model.load_state_dict(torch.load(args.weights, weights_only=True))
+    model = models.get_model(arch)
+    if weights != "none":
+        model.load_state_dict(torch.load(weights, weights_only=True))
     for parameter in model.parameters():
         parameter.requires_grad = False
-    name = find_head(model, 1000)  # "fc" of a ResNet
+    name = classifier_name(model, 1000)  # "fc" of a ResNet
     head = nn.Linear(model.get_submodule(name).in_features, len(train_set.classes))
     model.set_submodule(name, head)
     model.to(device)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
-    for epoch in range(args.epochs):
+    for epoch in range(epochs):
         model.train()
         for images, labels in train_loader:
             optimizer.zero_grad()
@@ -160,182 +333,178 @@ def notebook(args):
         print(f"epoch {epoch + 1} test accuracy {correct / len(test_set):.4f}", flush=True)
 
 
-def train_command(args, folder) -> list:
-    return [ROOT / "train.py", "--data", args.data, "--arch", args.arch, "--weights", args.weights, "--epochs", args.epochs,
-            "--precision", args.precision, *(["--device", args.device] if args.device else []),
-            "--out", f"{folder}/run", "--cache", f"{folder}/cache"]
+# ---------------------------------------------------------------- fewshot
 
 
-def timed(command) -> float:
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - start
+def measure_few_shots(job: TrainingJob, shots: list[int], draws: int, options: list[str]) -> None:
+    for count in shots:
+        accuracies = []
+        for seed in range(draws):
+            with tempfile.TemporaryDirectory() as folder:
+                link_few_images(job.data, Path(folder) / "few", count, seed)
+                line = [ROOT / "train.py", "--data", f"{folder}/few", *job.common_options()]
+                line += ["--precision", job.precision, "--out", f"{folder}/run", "--seed", seed]
+                line += ["--augment", "dihedral", *options]
+                command = [sys.executable, *map(str, line)]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                accuracies.append(json.loads(done.stdout.splitlines()[-1])["test_acc"])
+        mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+        single = ", ".join(f"{accuracy:.4f}" for accuracy in accuracies)
+        print(f"{count} images per class: {mean:.4f} ± {deviation:.4f}   ({single})", flush=True)
 
 
-def compare(args):
-    with tempfile.TemporaryDirectory() as folder:
-        train = train_command(args, folder)
-        baseline = [__file__, "notebook", "--data", args.data, "--arch", args.arch, "--weights", args.weights,
-                    "--epochs", args.epochs, *(["--device", args.device] if args.device else [])]
-        ways = {"notebook": baseline, "cold": train, "warm": train}
-        times = {name: [] for name in ways}
-        for number in range(args.rounds):
-            shutil.rmtree(f"{folder}/cache", ignore_errors=True)
-            for name, command in ways.items():
-                times[name].append(timed(command))
-                print(f"round {number + 1}  {name:9} {times[name][-1]:8.1f} s", flush=True)
-        for name in ("cold", "warm"):
-            ratios = [a / b for a, b in zip(times["notebook"], times[name])]
-            print(f"notebook / {name}: {statistics.median(ratios):.1f}   ({min(ratios):.1f} to {max(ratios):.1f})")
+def link_few_images(data: Path, few: Path, count: int, seed: int) -> None:
+    """Make a tree of links: `count` random images of each class of train, and all of test."""
+    for source in sorted((data / "train").iterdir()):
+        target = few / "train" / source.name
+        target.mkdir(parents=True)
+        images = sorted(source.iterdir())
+        for image in random.Random(f"{seed} {source.name}").sample(images, min(count, len(images))):
+            (target / image.name).symlink_to(image.resolve())
+    (few / "test").symlink_to((data / "test").resolve())
 
 
-def measure_finetune(args):
+# ---------------------------------------------------------------- finetune
+
+
+def make_learner(job: TrainingJob, count: int, image_size: int, batch_size: int, augment: list[str]) -> Any:
+    """Return train.py's learner that trains all layers of a network on `count` images."""
     import torch
-
     import train
-    from common import FrozenModel, pick_device
-    options = train.parse_args(["--data", str(args.data), "--arch", args.arch, "--weights", args.weights, "--finetune", "all", "--image-size",
-                                str(args.image_size), "--batch-size", str(args.batch_size), "--augment", *args.augment.split()])
-    classes, splits = train.read_tree(options)
-    paths, targets = splits["train"]
-    chosen = torch.arange(0, len(paths), max(1, len(paths) // args.images))[:args.images]
-    splits = {"train": ([paths[row] for row in chosen.tolist()], targets[chosen])}
-    files = {"train": train.hash_files(splits["train"][0], None)}
-    model, preprocessing, _ = train.load_pretrained(options, len(classes))
-    frozen = FrozenModel(model, preprocessing, len(classes), pick_device(args.device), args.precision)
-    head = train.standardised_head(frozen, torch.randn(1, 64, frozen.width))
-    learner = train.FineTuning(frozen, head, SimpleNamespace(splits=splits, files=files, classes=classes), options)
-    optimizer = torch.optim.Adam(learner.groups([train.plain_config(options) | {"backbone_lr": 1e-4}]))
+    from common import VIEWS, InferenceModel, Split, hash_images, load_pretrained, pick_device
 
-    def epoch(batches):
-        for images, wanted, _ in batches:
-            loss = train.cross_entropies(learner.logits(images, [0]), wanted, torch.zeros(1, device=learner.device), None)
+    classes, listing = train.list_tree(job.data, [])
+    paths, targets = listing["train"]
+    chosen = sample_evenly(list(range(len(paths))), count)
+    paths, targets = [paths[row] for row in chosen], torch.tensor([targets[row] for row in chosen])
+    dataset = train.Dataset(classes, {"train": Split(paths, targets, *hash_images(paths, None))})
+    network = load_pretrained(job.arch, job.weights, len(classes), image_size, 0)
+    model = InferenceModel(network, pick_device(job.device), job.precision)
+    head = train.standardized_head(model.head, torch.randn(1, 64, model.num_features))
+    (views,) = [name for name in augment if name != "strong"] or ["flip"]
+    return train.FineTuner(
+        model,
+        head,
+        dataset,
+        train.TrainOptions(batch_size, seed=0),
+        train.Augmentation(VIEWS[views], "strong" in augment, len(classes)),
+        mode="all",
+        backbone_lr=1e-4,
+        clip_norm=1.0,
+        learn_statistics=job.weights == "none",
+        workers=None,
+    )
+
+
+def measure_finetune(learner: Any, rounds: int) -> None:
+    import torch
+    import train
+
+    hparams = train.HParams(lr=1e-3, weight_decay=0, label_smoothing=0, epochs=1)
+    optimizer = torch.optim.AdamW(learner.param_groups([hparams]), fused=learner.device.type != "mps")
+    smoothing = torch.zeros(1, device=learner.device)
+
+    def train_epoch(batches: Any) -> None:
+        for images, targets, _ in batches:
+            loss = train.cross_entropies(learner.forward(images, [0]), targets, smoothing, None)
             optimizer.zero_grad()
             loss.sum().backward()
-            torch.nn.utils.clip_grad_norm_(learner.network.parameters(), 1.0)
+            learner.clip_gradients()
             optimizer.step()
-    fixed = list(learner.batches(1))
-    works = {"random images": lambda: epoch([(torch.randn_like(images), wanted, 1) for images, wanted, _ in fixed[:1]] * len(fixed)),
-             "training images": lambda: epoch(learner.batches(1))}
-    rates = {name: [] for name in works}
-    for number in range(args.rounds + 1):
-        for name, work in works.items():
-            rate = len(chosen) / seconds(work, learner.device)
+
+    (images, targets, _), *rest = learner.train_batches(1)
+    random_batches = [(torch.randn_like(images), targets, 1)] * (1 + len(rest))
+    epochs = {"training": lambda: learner.train_batches(1), "random": lambda: random_batches}
+    count, rates = len(learner.targets["train"]), {name: [] for name in epochs}
+    for number in range(rounds + 1):
+        for name, make_batches in epochs.items():
+            rate = count / timed(lambda make_batches=make_batches: train_epoch(make_batches()), learner.device)
             rates[name] += [rate] if number else []  # the first round warms up
     for name, values in rates.items():
-        print(f"{name:16} {statistics.median(values):8.1f} img/s   ({min(values):.1f} to {max(values):.1f})")
-    ratios = [a / b for a, b in zip(rates["training images"], rates["random images"])]
-    print(f"training / random: {statistics.median(ratios):.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(f"{name:8} images {summary(values, 1)} img/s")
+    print_ratio(rates, "training", "random")
 
 
-def fewshot(args):
-    import json
-    import random
-    for shots in (10, 50, 100):
-        accuracies = []
-        for seed in range(5):
-            with tempfile.TemporaryDirectory() as folder:
-                few = Path(folder) / "few"
-                for name in sorted(path.name for path in (args.data / "train").iterdir()):
-                    (few / "train" / name).mkdir(parents=True)
-                    known = sorted((args.data / "train" / name).iterdir())
-                    for image in random.Random(f"{seed} {name}").sample(known, min(shots, len(known))):
-                        (few / "train" / name / image.name).symlink_to(image.resolve())
-                (few / "test").symlink_to((args.data / "test").resolve())
-                command = [ROOT / "train.py", "--data", few, "--arch", args.arch, "--weights", args.weights, "--precision", args.precision,
-                           "--out", f"{folder}/run", "--seed", seed, "--epochs", args.epochs, "--augment", "dihedral", *args.options.split()]
-                done = subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, text=True)
-                accuracies.append(json.loads(done.stdout.splitlines()[-1])["test_acc"])
-        print(f"{shots} images per class: {statistics.mean(accuracies):.4f} ± {statistics.stdev(accuracies):.4f}   "
-              f"({', '.join(f'{accuracy:.4f}' for accuracy in accuracies)})", flush=True)
+# ---------------------------------------------------------------- predict
 
 
-def cache(args):
-    import resource
-    with tempfile.TemporaryDirectory() as folder:
-        args.data = Path(shutil.copytree(args.data, f"{folder}/data"))
-        command = train_command(args, folder)
-        cold = timed(command)
-        print(f"cold {cold:.1f} s, peak memory of a run {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20:.2f} GiB")
-        warm = timed(command)
-        print(f"warm {warm:.1f} s, {warm / cold:.1%} of cold")
-        images = sorted(path for path in args.data.glob("*/*/*") if path.is_file())
-        for path in images[::100]:
-            with open(path, "ab") as file:
-                file.write(b"\n")  # another file, for all that anyone can tell
-        grown = timed(command)
-        print(f"{len(images[::100])} of {len(images)} images changed: {grown:.1f} s, {(grown - warm) / (cold - warm):.1%} of the pass")
-        with open(f"{folder}/run/history.csv", newline="") as file:
-            seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
-        print(f"an epoch of the head: {statistics.median(seconds):.2f} s (median)")
-
-
-def measure_predict(args):
-    import torch
-    import torchvision
-
+def measure_predict(data: Path, arch: str, count: int, rounds: int, device_name: str | None, precision: str) -> None:
     import predict
-    from common import VIEWS, FrozenModel, find_images, pick_device, read_checkpoint
-    device = pick_device(args.device)
-    paths = list(find_images(args.data / "test"))
-    paths = paths[::max(1, len(paths) // args.images)][:args.images]
-    options = SimpleNamespace(explain=False, plot=None, format="csv", top_k=1, min_confidence=0)
+    import torch
+    from common import VIEWS, InferenceModel, find_images, pick_device
+
+    device, network = pick_device(device_name), random_network(arch)
+    classes = [f"class {number}" for number in range(10)]
+    paths = sample_evenly(list(find_images(data / "test")), count)
     with tempfile.TemporaryDirectory() as folder:
-        model = torchvision.models.get_model(args.arch, num_classes=10)
-        preprocessing = {"size": 224, "interpolation": "bilinear", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-        torch.save({"format": "image classifier", "version": 1, "arch": args.arch, "model_kwargs": {"num_classes": 10},
-                    "classes": [f"class {number}" for number in range(10)], "preprocessing": preprocessing,
-                    "state_dict": model.state_dict(), "temperature": 1.0, "metrics": {}}, f"{folder}/model.pt")
-        checkpoint, model = read_checkpoint(f"{folder}/model.pt")
-        frozen = FrozenModel(model, preprocessing, 10, device, args.precision)
-        images = torch.randn(frozen.batch_size, 3, 224, 224, device=device, dtype=frozen.dtype)
-        images = images.to(memory_format=torch.channels_last)
-        batches = max(1, len(paths) // frozen.batch_size)
+        content = {"format": "image classifier", "version": 1, "arch": arch, "model_kwargs": network.model_kwargs}
+        content |= {"classes": classes, "preprocessing": PREPROCESSING, "state_dict": network.model.state_dict()}
+        torch.save({**content, "temperature": 1.0, "metrics": {}}, f"{folder}/model.pt")
+        model = InferenceModel(network, device, precision)
+        images, batches = random_images(model, model.batch_size), max(1, len(paths) // model.batch_size)
+        classifier = predict.Classifier(model, classes, VIEWS["none"], 1.0)
 
-        def forward(images, times=1):
-            with torch.inference_mode():
-                for _ in range(times):
-                    frozen.backbone(images)
-
-        def records():
+        def write_records() -> None:
             with open(f"{folder}/records.csv", "w") as file, contextlib.redirect_stdout(file):
-                batches = predict.classify(frozen, VIEWS["none"], 1.0, None, paths)
-                predict.list_classes(batches, checkpoint["classes"], frozen, options)
-        command = [ROOT / "predict.py", "--checkpoint", f"{folder}/model.pt", paths[0], "--precision", args.precision,
-                   *(["--device", args.device] if args.device else [])]
-        forward(images), records(), timed(command)
-        for number in range(args.rounds):
-            bare = batches * frozen.batch_size / seconds(lambda: forward(images, batches), device)
-            rate = len(paths) / seconds(records, device)
-            least = timed(["-c", "import torch, torchvision"]) + seconds(lambda: forward(images[:1]), device)
-            whole = timed(command)
-            print(f"round {number + 1}  bare {bare:7.1f} img/s, records {rate:7.1f} img/s: {rate / bare:.2f}    imports and forward "
-                  f"{least:.2f} s, one image {whole:.2f} s: {whole / least:.2f}", flush=True)
+                writer = predict.RecordWriter("csv", classes, min_confidence=0, top_k=1)
+                predict.print_records(classifier.classify(paths), writer, None)
+
+        command = [ROOT / "predict.py", "--checkpoint", f"{folder}/model.pt", paths[0], "--precision", precision]
+        command += ["--device", device_name] if device_name else []
+        run_backbone(model, images)
+        write_records()
+        timed_command(command)
+        rates = {name: [] for name in ("bare", "records", "imports and forward", "one image")}
+        for _ in range(rounds):
+            forward = timed(lambda: run_backbone(model, images, batches), device)
+            rates["bare"].append(batches * model.batch_size / forward)
+            rates["records"].append(len(paths) / timed(write_records, device))
+            imports = timed_command(["-c", "import torch, torchvision"])
+            imports += timed(lambda: run_backbone(model, images[:1]), device)
+            rates["imports and forward"].append(imports)
+            rates["one image"].append(timed_command(command))
+    for name, unit in (("bare", "img/s"), ("records", "img/s"), ("imports and forward", "s"), ("one image", "s")):
+        print(f"{name:20} {summary(rates[name], 1 if unit == 'img/s' else 2)} {unit}")
+    print_ratio(rates, "records", "bare")
+    print_ratio(rates, "one image", "imports and forward")
 
 
-def mosaic(args):
+# ---------------------------------------------------------------- mosaic
+
+
+def map_mosaic(data: Path, checkpoint: Path, out: Path) -> None:
+    tile = 64
+    truth = make_mosaic(data / "test", out, tile)
+    for stride in (tile, tile // 2):
+        folder, line = out / f"stride{stride}", [ROOT / "predict.py", "--checkpoint", checkpoint]
+        timed_command([*line, "--scene", out / "scene.png", "--tile", tile, "--stride", stride, "--out", folder])
+        rows, correct = read_csv(folder / "map.csv"), 0
+        for row in rows:
+            place = tuple(int(row[name]) * stride // tile for name in ("row", "column"))
+            correct += row["class"] == truth[place]
+        print(f"--stride {stride}: {correct} of {len(rows)} cells correct, {correct / len(rows):.3f}")
+
+
+def make_mosaic(folder: Path, out: Path, tile: int) -> dict[tuple[int, int], str]:
+    """Save a scene of 16 x 12 tiles as OUT/scene.png; return the class of each tile, by its row and column.
+
+    Each tile has the class of the nearest of some random centers, of which each class has two.
+    """
     from PIL import Image
-    rng, columns, rows, tile = random.Random(0), 16, 12, 64
-    classes = {path.name: sorted(path.iterdir()) for path in sorted((args.data / "test").iterdir())}
-    centres = [(rng.uniform(0, columns), rng.uniform(0, rows), name) for name in [*classes] * 2]
+
+    rng, columns, rows = random.Random(0), 16, 12
+    images = {path.name: sorted(path.iterdir()) for path in sorted(folder.iterdir())}
+    centers = [(rng.uniform(0, columns), rng.uniform(0, rows), name) for name in [*images] * 2]
     truth, scene = {}, Image.new("RGB", (columns * tile, rows * tile))
     for row in range(rows):
         for column in range(columns):
-            *_, name = min(centres, key=lambda centre: (centre[0] - column) ** 2 + (centre[1] - row) ** 2)
+            *_, name = min(centers, key=lambda center: (center[0] - column) ** 2 + (center[1] - row) ** 2)
             truth[row, column] = name
-            scene.paste(Image.open(rng.choice(classes[name])), (column * tile, row * tile))
-    args.out.mkdir(parents=True, exist_ok=True)
-    scene.save(args.out / "scene.png")
-    for stride in (tile, tile // 2):
-        timed([ROOT / "predict.py", "--checkpoint", args.checkpoint, "--scene", args.out / "scene.png", "--tile", tile,
-               "--stride", stride, "--out", args.out / f"stride{stride}"])
-        with open(args.out / f"stride{stride}" / "map.csv", newline="") as file:
-            hits = [row["class"] == truth[int(row["row"]) * stride // tile, int(row["column"]) * stride // tile]
-                    for row in csv.DictReader(file)]
-        print(f"--stride {stride}: {sum(hits)} of {len(hits)} cells right, {sum(hits) / len(hits):.3f}")
+            scene.paste(Image.open(rng.choice(images[name])), (column * tile, row * tile))
+    out.mkdir(parents=True, exist_ok=True)
+    scene.save(out / "scene.png")
+    return truth
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    {"pass": measure_pass, "cache": cache, "compare": compare, "notebook": notebook, "fewshot": fewshot, "finetune": measure_finetune,
-     "predict": measure_predict, "mosaic": mosaic}[arguments.what](arguments)
+    main()

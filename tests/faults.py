@@ -1,15 +1,22 @@
-"""Kill real runs of train.py at random moments, and check that nothing is ever lost.
+"""Kill runs of train.py at random moments, resume them, and check that nothing is lost.
 
     python tests/faults.py --kills 20
 
-A tree and a finished run are made, and the run is trained anew in a copy of its folder: a classifier alone, and with the last
-stage of the network. That run is killed again and again (SIGKILL, one in four by SIGTERM) and goes on with --resume until it has
-ended. After each kill: model.pt is the old or the new one, to the bit; last.pt and history.csv are whole and no epoch is lost;
-the lock is free. In the end weights and history are those of a run that was never stopped, and no temporary file is left.
-The last line is `N kills, N resumed, 0 lost`; the exit code is 1 if anything was lost.
+A run that has finished is trained again in a copy of its folder: first the classifier alone, then with the last stage
+of the network (--finetune last). The new run is killed again and again, three times of four by SIGKILL, otherwise by
+SIGTERM, and continued with --resume until it has finished. After each kill it is checked that
+
+- model.pt is the model of the old run or of an uninterrupted new run, to the bit,
+- last.pt and history.csv are complete files, and no epoch is lost,
+- the lock is free, and only SIGKILL leaves temporary files.
+
+When the run has finished, model and history have to be those of an uninterrupted run. The last line on stdout is
+`N kills, N resumed, 0 lost`; the exit code is 1 if anything was lost.
 """
+
+from __future__ import annotations
+
 import argparse
-import csv
 import random
 import shutil
 import signal
@@ -18,131 +25,167 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import ROOT, SMALL, make_tree
+from conftest import ROOT, TINY, equal_tensors, load_pt, make_tree, read_csv
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     args = parser.parse_args()
-    rng, kills, resumed, lost = random.Random(args.seed), 0, 0, []
+    rng, total = random.Random(args.seed), Outcome()
+    shares = {
+        ("--epochs", "40"): args.kills // 2,
+        ("--finetune", "last", "--epochs", "6"): args.kills - args.kills // 2,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        tree = make_tree(folder / "tree", counts=(("train", 40), ("val", 20), ("test", 20)))
-        for share, mode in ((args.kills // 2, ["--epochs", "40"]), (args.kills - args.kills // 2, ["--finetune", "last", "--epochs", "6"])):
-            faults = Faults(folder, tree, mode, rng)
-            while share:
-                killed, started_again, problems = faults.kill_until_finished(share)
-                share, kills, resumed, lost = share - killed, kills + killed, resumed + started_again, lost + problems
-    print(*lost, sep="\n", end="\n" if lost else "")
-    print(f"{kills} kills, {resumed} resumed, {len(lost)} lost")
-    return bool(lost)
+        tree = make_tree(Path(folder) / "tree", counts=(("train", 40), ("val", 20), ("test", 20)))
+        for options, kills in shares.items():
+            experiment = Experiment(Path(folder), tree, options, rng)
+            while kills:
+                outcome = experiment.kill_until_finished(kills)
+                kills -= outcome.kills
+                total.add(outcome)
+    print(*total.problems, sep="\n", end="\n" if total.problems else "")
+    print(f"{total.kills} kills, {total.resumed} resumed, {len(total.problems)} lost")
+    return bool(total.problems)
 
 
-class Faults:
-    """A finished run in `folder`/old, and the one that is to replace it, never stopped, in `folder`/whole."""
+@dataclass
+class Outcome:
+    """What happened to runs that were killed."""
 
-    def __init__(self, folder: Path, tree: Path, mode: list[str], rng: random.Random):
-        self.folder, self.rng = folder, rng
-        # No cache, so that the feature pass is in reach of the kills, of the resumed runs too.
-        self.options = ["--data", str(tree), *SMALL, *mode, "--batch-size", "16", "--no-cache"]
-        if not (folder / "old").exists():
-            assert self.start("old", "--epochs", "1")[0].wait() == 0
-        shutil.rmtree(folder / "whole", ignore_errors=True)
-        shutil.copytree(folder / "old", folder / "whole")
-        process, begun = self.start("whole")
-        assert process.wait() == 0
-        self.seconds = time.monotonic() - begun
+    kills: int = 0
+    resumed: int = 0  # runs that continued after a kill
+    problems: list[str] = field(default_factory=list)
 
-    def start(self, name: str, *options: str):
-        """Start train.py in a folder: the process, once it has said its first word, and that moment."""
-        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *self.options, *options, "--out", str(self.folder / name)],
-                                   stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-        process.words = [process.stderr.readline()]
-        process.listener = threading.Thread(target=lambda: process.words.extend(process.stderr))
-        process.listener.start()
-        return process, time.monotonic()
+    def add(self, other: Outcome) -> None:
+        self.kills += other.kills
+        self.resumed += other.resumed
+        self.problems += other.problems
 
-    def kill_until_finished(self, most: int):
-        """Kill and resume, `most` times or until the run has ended: kills, resumed runs, and what was lost."""
-        out = self.folder / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(self.folder / "old", out)
-        kills = resumed = epochs = 0
-        problems = []
+
+class Training:
+    """A process of train.py, started and past its first message."""
+
+    def __init__(self, arguments: list[object]) -> None:
+        line = [str(part) for part in (sys.executable, ROOT / "train.py", *arguments)]
+        self.process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        self.messages = [self.process.stderr.readline()]
+        self.started = time.monotonic()
+        self.reader = threading.Thread(target=lambda: self.messages.extend(self.process.stderr))
+        self.reader.start()
+
+    def wait(self) -> tuple[int, str]:
+        """Wait for the end; return the exit code and the last messages."""
+        code = self.process.wait()
+        self.reader.join()
+        return code, "".join(self.messages[-12:])
+
+
+class Experiment:
+    """Three output folders: the finished run `old`, an uninterrupted new run, and the one that is killed."""
+
+    def __init__(self, folder: Path, tree: Path, options: tuple[str, ...], rng: random.Random) -> None:
+        self.old, self.uninterrupted, self.out = folder / "old", folder / "uninterrupted", folder / "out"
+        # Without the cache, each run spends time on the feature pass, so that kills fall into it, too.
+        self.arguments, self.rng = ["--data", tree, *TINY, *options, "--batch-size", 16, "--no-cache"], rng
+        if not self.old.exists():
+            code, messages = Training([*self.arguments, "--epochs", 1, "--out", self.old]).wait()
+            assert code == 0, messages
+        self.copy_old(self.uninterrupted)
+        training = Training([*self.arguments, "--out", self.uninterrupted])
+        code, messages = training.wait()
+        assert code == 0, messages
+        self.seconds = time.monotonic() - training.started
+
+    def copy_old(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.old, folder)
+
+    def kill_until_finished(self, most: int) -> Outcome:
+        """Kill and resume a new run until it has finished; after `most` kills, let it finish."""
+        self.copy_old(self.out)
+        outcome, epochs = Outcome(), 0
         while True:
-            process, begun = self.start("out", "--resume")
-            finish = kills == most
+            training = Training([*self.arguments, "--out", self.out, "--resume"])
+            undisturbed = outcome.kills == most
             number = self.rng.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
-            if not finish:
+            if not undisturbed:
                 try:
-                    process.wait(self.rng.uniform(0, 1.1) * self.seconds)
+                    training.process.wait(self.rng.uniform(0, 1.1) * self.seconds)
                 except subprocess.TimeoutExpired:
-                    process.send_signal(number)
-            code = process.wait()
-            process.listener.join()
-            told = "".join(process.words[-12:])
-            if code not in ((0,) if finish else (0, 143, -number)):  # -15: it came when all was done and Python was ending
-                problems.append(f"exit code {code}: {told}")
-            if code == 143 and "--resume" not in told:
-                problems.append(f"SIGTERM without a word on --resume: {told}")
-            resumed += kills > 0 and not problems
-            epochs, finished, found = self.check(out, epochs, code)
-            problems += [f"kill {kills + 1}, by {number.name}, exit code {code}: {problem}" for problem in found]
-            kills += not finished  # a kill that came too late is none
-            if finished or problems:
-                return kills, resumed, problems
+                    training.process.send_signal(number)
+            code, messages = training.wait()
+            # 0: the signal came too late; -15: it came while Python was ending.
+            if code not in ((0,) if undisturbed else (0, 143, -number)):
+                outcome.problems.append(f"exit code {code}: {messages}")
+            if code == 143 and "--resume" not in messages:
+                outcome.problems.append(f"SIGTERM without a hint at --resume: {messages}")
+            outcome.resumed += outcome.kills > 0 and not outcome.problems
+            epochs, finished, problems = self.check(epochs, code)
+            where = f"kill {outcome.kills + 1}, by {number.name}, exit code {code}"
+            outcome.problems += [f"{where}: {problem}" for problem in problems]
+            outcome.kills += not finished  # otherwise the signal came too late
+            if finished or outcome.problems:
+                return outcome
 
-    def check(self, out: Path, before: int, code: int) -> tuple[int, bool, list[str]]:
-        """The number of epochs in last.pt, whether the run has finished, and all that is wrong in its folder.
+    def check(self, before: int, code: int) -> tuple[int, bool, list[str]]:
+        """Check the folder of the killed run, which had `before` epochs before, and ended with exit code `code`.
 
-        Before this run it had `before` epochs, and it ended with exit code `code`.
+        Returns the number of epochs in last.pt, whether the run has finished, and all that is wrong.
         """
-        import torch
-        from common import Locked, locked
-        problems = []
+        from common import hold_lock
+
+        problems, folders = [], (self.out, self.old, self.uninterrupted)
         try:
-            names = {path.name for path in out.iterdir()}
-            with locked(out / ".lock"):
-                last = torch.load(out / "last.pt", weights_only=True)
-            model, old, new = (torch.load(folder / "model.pt", weights_only=True) for folder in (out, self.folder / "old", self.folder / "whole"))
-            rows, old_rows, new_rows = (read_history(folder) for folder in (out, self.folder / "old", self.folder / "whole"))
-        except (Exception, Locked) as error:
+            names = {path.name for path in self.out.iterdir()}
+            with hold_lock(self.out / ".lock"):
+                last = load_pt(self.out / "last.pt")
+            model, old_model, new_model = (load_pt(folder / "model.pt") for folder in folders)
+            rows, old_rows, new_rows = (read_history(folder) for folder in folders)
+        except Exception as error:
             return before, False, [f"{type(error).__name__}: {error}"]
-        epochs = len(last.get("history", new_rows if same(model, new) else []))
-        finished = epochs == len(new_rows) and last["finished"]
-        if epochs < before or code == 0 and not finished:
-            problems.append(f"last.pt has {epochs} epochs; before it had {before}")
-        if "history" in last and [numbers(row) for row in last["history"]] != new_rows[:epochs]:
-            problems.append("the history in last.pt is not that of a run never stopped")
-        if not (same(model, new) or not finished and same(model, old)):
-            problems.append("model.pt is neither the old one nor that of a run never stopped")
-        if rows != new_rows if finished else rows not in (old_rows, new_rows[:epochs], new_rows[:epochs + 1]):
-            problems.append(f"history.csv has other rows than the old one's or the first of a run never stopped: {len(rows)}")
+        saved = [numbers(row) for row in last["run"]["history"]] if "run" in last else None
+        if saved is None:  # last.pt says only that the run has finished: the old run or the new one
+            saved = new_rows if same_model(model, new_model) else []
+        finished = last["finished"] and len(saved) == len(new_rows)
+        if len(saved) < before or (code == 0 and not finished):
+            problems.append(f"last.pt has {len(saved)} epochs; before it had {before}")
+        if saved != new_rows[: len(saved)]:
+            problems.append("the history in last.pt is not that of an uninterrupted run")
+        if not (same_model(model, new_model) or (not finished and same_model(model, old_model))):
+            problems.append("model.pt is neither the old one nor that of an uninterrupted run")
+        possible = [new_rows[: len(saved)]]
+        if not finished:  # history.csv is written just before last.pt
+            possible += [old_rows, new_rows[: len(saved) + 1]]
+        if rows not in possible:
+            problems.append(f"history.csv has {len(rows)} rows, which are not those of an uninterrupted run")
         strays = names - {"model.pt", "last.pt", "history.csv"}
         if any(code >= 0 or not name.endswith((".lock", ".tmp")) for name in strays):
             problems.append(f"left behind: {', '.join(strays)}")
-        return epochs, finished, problems
+        return len(saved), finished, problems
 
 
 def read_history(folder: Path) -> list[dict]:
-    with open(folder / "history.csv", newline="") as file:
-        return [numbers(row) for row in csv.DictReader(file)]
+    return [numbers(row) for row in read_csv(folder / "history.csv")]
 
 
 def numbers(row: dict) -> dict:
-    """A row of the history as numbers, without its seconds."""
+    """Return a row of the history as numbers, without its seconds."""
     return {key: float(value) for key, value in row.items() if key != "seconds"}
 
 
-def same(a: dict, b: dict) -> bool:
-    """Whether two checkpoints are the same model, to the bit."""
-    import torch
-    return (all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in b["state_dict"])
-            and a["temperature"] == b["temperature"] and numbers(a["metrics"]) == numbers(b["metrics"]))
+def same_model(a: dict, b: dict) -> bool:
+    """Return whether two checkpoints are the same model, to the bit."""
+    return (
+        equal_tensors(a["state_dict"], b["state_dict"])
+        and a["temperature"] == b["temperature"]
+        and numbers(a["metrics"]) == numbers(b["metrics"])
+    )
 
 
 if __name__ == "__main__":

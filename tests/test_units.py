@@ -1,0 +1,599 @@
+"""The functions of common.py and train.py that can be checked alone: arithmetic, files, signals, and validation."""
+
+import argparse
+import copy
+import csv
+import io
+import math
+import os
+import signal
+import time
+
+import common
+import pytest
+import torch
+import train
+from common import UserError
+from torch import nn
+
+
+def random_tensor(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_epoch(number, nll, val_loss):
+    """Return an epoch with its number, calibrated val loss and val loss; the val loss is None without val."""
+    return train.Epoch({"epoch": number, "val_loss": val_loss}, nll, 1.0)
+
+
+HPARAMS = train.HParams(lr=0.1, weight_decay=0.01, label_smoothing=0.0, epochs=4)
+
+
+# ---------------------------------------------------------------- schedule and selection
+
+
+def test_learning_rate_follows_a_cosine():
+    factors = [train.lr_factor(epochs, 8, 0) for epochs in (0, 2, 4, 8, 9)]
+    assert factors == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, 0, 0])
+
+
+def test_learning_rate_warms_up():
+    factors = [train.lr_factor(epochs, 10, 2) for epochs in (0, 0.5, 1, 2, 6, 10)]
+    assert factors == pytest.approx([0.01, 0.25, 0.5, 1, 0.5, 0])
+
+
+def test_warmup_takes_at_most_half():
+    for epochs in (0, 0.5, 1, 2, 3, 4):
+        assert train.lr_factor(epochs, 4, 100) == train.lr_factor(epochs, 4, 2)
+
+
+def test_selection_prefers_the_lowest_calibrated_loss():
+    worse, better, tied = make_epoch(1, 0.5, 0.6), make_epoch(2, 0.4, 0.9), make_epoch(3, 0.4, 0.8)
+    assert train.selection_key(worse) < train.selection_key(better) < train.selection_key(tied)
+
+
+def test_selection_takes_the_last_epoch_without_val():
+    assert train.selection_key(make_epoch(1, 1.0, None)) < train.selection_key(make_epoch(2, 1.0, None))
+
+
+def test_best_run_has_the_best_epoch():
+    runs = [train.Run(HPARAMS, seed, [], make_epoch(1, nll, nll)) for seed, nll in enumerate((0.5, 0.3, 0.4))]
+    assert train.best_run(runs).seed == 1
+
+
+def test_patience():
+    def continues(epochs, best, patience):
+        run = train.Run(HPARAMS, 0, [{}] * epochs, make_epoch(best, 1.0, 1.0))
+        return train.has_patience(run, train.TrainOptions(8, 0, patience=patience))
+
+    assert continues(9, 1, None) and continues(4, 2, 3) and not continues(5, 2, 3)
+    assert train.has_patience(train.Run(HPARAMS, 0), train.TrainOptions(8, 0, patience=1))
+
+
+def test_epochs_until_a_deadline():
+    runs = [train.Run(HPARAMS, 0, [{"seconds": seconds}]) for seconds in (0.5, 1.0)]
+    assert train.epochs_until(math.inf, runs, 3) == math.inf
+    assert train.epochs_until(time.monotonic(), [train.Run(HPARAMS, 0)], 0) == math.inf  # the first epoch always runs
+    assert train.epochs_until(time.monotonic() + 10.9, runs, 3) == 3 + 10  # with a margin of 5 %
+    assert train.epochs_until(time.monotonic() - 1, runs, 3) == 3
+
+
+# ---------------------------------------------------------------- loss and optimizer
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0, 1.0, 3.0])])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_cross_entropies_agree_with_torch(weights, kind):
+    logits, smoothing = random_tensor(12, 3, 4), torch.tensor([0.0, 0.1, 0.3])
+    targets = torch.arange(12) % 4 if kind == "indices" else random_tensor(12, 4, seed=1).softmax(1)
+    losses = train.cross_entropies(logits, targets, smoothing, weights)
+    for model, share in enumerate(smoothing.tolist()):
+        expected = nn.functional.cross_entropy(
+            logits[:, model], targets, weights, reduction="none", label_smoothing=share
+        )
+        assert losses[model].item() == pytest.approx(expected.mean().item(), abs=1e-6)
+
+
+def test_balanced_weights_give_classes_the_same_total():
+    counts = torch.tensor([6, 3, 1])
+    targets = torch.arange(3).repeat_interleave(counts)
+    weights = train.balanced_weights(targets)
+    assert (weights * counts).tolist() == pytest.approx([10 / 3] * 3)
+    assert weights[targets].mean().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "arch, special", [("resnet18", "bn1.weight"), ("swin_t", "bias_table"), ("convnext_tiny", "scale")]
+)
+def test_weight_decay_leaves_out_biases_norms_and_scales(arch, special):
+    model = common.build_model(arch, {}, "meta")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    with_decay, without = train.param_groups(model, 0.5, HPARAMS)
+    for group, decay in ((with_decay, 0.01), (without, 0)):
+        assert (group["weight_decay"], group["lr"], group["peak"], group["epochs"]) == (decay, 0.5, 0.5, 4)
+    assert len(with_decay["params"]) + len(without["params"]) == len(names)
+    assert all(names[p].endswith("weight") and p.dim() > 1 for p in with_decay["params"])
+    assert any(special in names[p] for p in without["params"])
+    matrices = [names[p] for p in without["params"] if p.dim() > 1]
+    assert all("bias" in name or "scale" in name for name in matrices)
+
+
+def test_param_groups_leave_out_frozen_parameters():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    assert [len(group["params"]) for group in train.param_groups(model, 0.1, HPARAMS)] == [1, 1]
+
+
+def test_loss_that_is_not_finite_names_the_learning_rates():
+    parameters = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    groups = [{"params": [parameter], "lr": lr} for parameter, lr in zip(parameters, (0.5, 0.002))]
+    optimizer = torch.optim.AdamW(groups)
+    train.check_finite([1.0, 0.0], 3, optimizer)
+    for loss in (math.nan, math.inf):
+        with pytest.raises(UserError, match=f"{loss} in epoch 3.* 0.002 and 0.5.*lower --lr"):
+            train.check_finite([1.0, loss], 3, optimizer)
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def test_calibrate_finds_the_best_temperature():
+    targets = torch.arange(300) % 5
+    for scale in (0.3, 1, 6):
+        logits = scale * (random_tensor(300, 5) + 1.5 * nn.functional.one_hot(targets, 5))
+        temperature, loss = train.calibrate(logits, targets)
+        grid = torch.logspace(-1.3, 1.3, 2001, dtype=torch.float64)
+        shares = (logits / grid[:, None, None]).log_softmax(2)
+        losses = -shares[:, torch.arange(300), targets].mean(1)
+        assert loss <= losses.min().item() + 1e-9
+        assert temperature == pytest.approx(grid[losses.argmin()].item(), rel=0.01)
+
+
+def test_calibrate_stays_within_its_bounds():
+    logits, targets = random_tensor(200, 3), torch.arange(200) % 3
+    overconfident, underconfident = 1000 * logits, 0.001 * (logits + 5 * nn.functional.one_hot(targets, 3))
+    assert train.calibrate(overconfident, targets)[0] == pytest.approx(20)
+    assert train.calibrate(underconfident, targets)[0] == pytest.approx(1 / 20)
+
+
+def test_calibrate_without_errors_and_without_numbers():
+    targets = torch.arange(3)
+    assert train.calibrate(torch.eye(3), targets) == (1.0, 0.0)
+    assert train.calibrate(torch.full((3, 3), math.nan), targets) == (1.0, math.inf)
+
+
+def test_average_views_averages_probabilities():
+    logits = [random_tensor(4, 3, seed=seed) for seed in range(8)]
+    expected = sum(view.double().softmax(1) for view in logits) / 8
+    assert torch.allclose(common.average_views(logits).exp(), expected, atol=1e-12)
+
+
+# ---------------------------------------------------------------- the classifier on cached features
+
+
+def features_of_many_scales(views=2, count=50, width=6):
+    scales = torch.logspace(-3, 3, width)
+    return random_tensor(views, count, width) * scales + 5 * scales
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_standardization_is_the_same_function(bias):
+    features, classifier = features_of_many_scales(), nn.Linear(6, 3, bias=bias)
+    head = train.standardized_head(classifier, features)
+    folded = nn.Linear(6, 3, bias=bias)
+    train.fold_standardization(head, folded)
+    assert torch.allclose(folded(features[0]), head(features[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_standardized_features_have_unit_scale():
+    features = features_of_many_scales()
+    features[..., 1] = 7.0  # a constant is not amplified
+    standardize, _ = train.standardized_head(nn.Linear(6, 3), features)
+    rows = standardize(features.flatten(0, 1))
+    deviations = rows.std(0, correction=0)
+    assert torch.allclose(rows.mean(0), torch.zeros(6), atol=1e-2)
+    assert deviations[-1].item() == pytest.approx(1, abs=1e-3) and deviations.max() < 1.01
+    with pytest.raises(UserError, match="not finite"):
+        train.standardized_head(nn.Linear(6, 3), features * math.inf)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_probes_side_by_side_learn_as_alone(bias):
+    targets = torch.arange(40) % 3
+    features = random_tensor(1, 40, 6) + nn.functional.one_hot(targets, 6)
+    data = {
+        "train": train.LabeledFeatures(features, targets),
+        "val": train.LabeledFeatures(features[:, :20], targets[:20]),
+    }
+    head = train.standardized_head(nn.Linear(6, 3, bias=bias), features)
+    configurations = [
+        train.HParams(0.1, 0.0, 0.0, 3),
+        train.HParams(0.01, 0.1, 0.1, 2),
+        train.HParams(0.03, 0.0, 0.2, 3),
+    ]
+    options = train.TrainOptions(batch_size=8, seed=0)
+    together = train.fit(
+        train.LinearProbes(head, data, options, count=3),
+        [train.Run(hparams, 0) for hparams in configurations],
+        ["val"],
+        options,
+    )
+    for run in together:
+        (alone,) = train.fit(train.LinearProbes(head, data, options), [train.Run(run.hparams, 0)], ["val"], options)
+        assert len(alone.history) == len(run.history) == run.hparams.epochs
+        assert alone.best.row["epoch"] == run.best.row["epoch"]
+        assert all(
+            torch.allclose(alone.best.weights[key], run.best.weights[key], atol=1e-5) for key in run.best.weights
+        )
+
+
+def test_run_survives_the_way_through_a_file():
+    best = train.Epoch({"epoch": 1, "val_loss": 0.5}, 0.4, 1.2, {"weight": torch.ones(2)})
+    run = train.Run(HPARAMS, 3, [{"epoch": 1}], best)
+    buffer = io.BytesIO()
+    torch.save(run.to_dict(), buffer)
+    buffer.seek(0)
+    again = train.Run.from_dict(torch.load(buffer, weights_only=True))
+    assert (again.hparams, again.seed, again.history) == (run.hparams, 3, run.history)
+    assert again.best.row == best.row and torch.equal(again.best.weights["weight"], torch.ones(2))
+
+
+def test_random_numbers_depend_on_seed_epoch_and_process():
+    def draw(*values):
+        return torch.rand(1, generator=train.epoch_generator(*values)).item()
+
+    assert draw(0, 1) == draw(0, 1)
+    assert len({draw(0, 1), draw(0, 2), draw(1, 1), draw(0, 1, 0), draw(0, 1, 1)}) == 5
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_views_are_the_eight_symmetries_of_a_square():
+    image = torch.tensor([[1, 2], [3, 4]])
+    expected = {
+        (0, False): [[1, 2], [3, 4]],
+        (1, False): [[2, 4], [1, 3]],  # a quarter turn counterclockwise
+        (2, False): [[4, 3], [2, 1]],
+        (3, False): [[3, 1], [4, 2]],
+        (0, True): [[2, 1], [4, 3]],
+        (1, True): [[1, 3], [2, 4]],
+        (2, True): [[3, 4], [1, 2]],
+        (3, True): [[4, 2], [3, 1]],
+    }
+    assert list(expected) == common.VIEWS["dihedral"]
+    for view, pixels in expected.items():
+        assert common.apply_view(image, view).tolist() == pixels
+        assert torch.equal(common.apply_view(image.expand(5, 3, 2, 2), view)[4, 2], torch.tensor(pixels))
+
+
+def test_augmentation_draws_one_of_the_views():
+    pixels = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(64) % 4
+    torch.manual_seed(0)
+    for name, views in common.VIEWS.items():
+        augmentation = train.Augmentation(views, False, 4)
+        images, unchanged = train.augment_batch(pixels, targets, augmentation, lambda images: images)
+        assert torch.equal(unchanged, targets)
+        drawn = [
+            [view for view in views if torch.equal(image, common.apply_view(original, view))]
+            for image, original in zip(images, pixels)
+        ]
+        assert all(len(found) == 1 for found in drawn) and len({found[0] for found in drawn}) == len(views), name
+
+
+def test_strong_augmentation_mixes_images():
+    pixels, targets = torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8), torch.arange(32) % 4
+    augmentation = train.Augmentation(common.VIEWS["none"], True, 4)
+    images, mixed = train.augment_batch(pixels, targets, augmentation, lambda images: images / 255)
+    assert images.shape == pixels.shape and images.dtype == torch.float32
+    assert torch.allclose(mixed.sum(1), torch.ones(32)) and mixed.shape == (32, 4)
+
+
+def test_every_second_image():
+    split = common.Split(["a", "b", "c"], torch.tensor([0, 1, 2]), ["x", "y", "z"], [(1, 1), (2, 2), (3, 3)])
+    part = split.every(2)
+    assert (part.paths, part.sha256, part.stamps) == (["a", "c"], ["x", "z"], [(1, 1), (3, 3)])
+    assert part.targets.tolist() == [0, 2] and len(part) == 2
+
+
+# ---------------------------------------------------------------- networks
+
+
+def test_folded_batchnorm_is_the_same_function():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
+    )
+    for norm in (model[1], model[4]):
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.1, 3)
+        nn.init.uniform_(norm.weight, -2, 2)
+        nn.init.uniform_(norm.bias, -1, 1)
+    model.eval().requires_grad_(False)
+    images = random_tensor(2, 3, 9, 9)
+    folded = common.fold_batchnorm(copy.deepcopy(model))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert torch.allclose(folded(images), model(images), atol=1e-5)
+
+
+def test_network_that_cannot_be_traced_is_not_folded():
+    class Branching(nn.Module):
+        def forward(self, images):
+            return images if images.sum() > 0 else -images
+
+    model = Branching().eval()
+    assert common.fold_batchnorm(model) is model
+
+
+def test_last_linear_layer_is_the_classifier():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.Dropout())
+    assert common.classifier_name(model, 5) == "2"
+    layer = common.reset_classifier(model, "2", 3)
+    assert model[2] is layer and (layer.in_features, layer.out_features) == (5, 3)
+    with pytest.raises(UserError, match="7 outputs"):
+        common.classifier_name(model, 7)
+
+
+def test_first_weights_depend_on_shape_and_seed():
+    layers = [nn.Linear(4, 3) for _ in range(3)]
+    for layer, seed in zip(layers, (1, 1, 2)):
+        common.initialize_classifier(layer, seed)
+    assert torch.equal(layers[0].weight, layers[1].weight) and not torch.equal(layers[0].weight, layers[2].weight)
+    assert not layers[0].bias.any()
+
+
+@pytest.mark.parametrize(
+    "arch, first, last",
+    [
+        ("resnet18", "layer4", "avgpool"),
+        ("mobilenet_v3_small", "features.9", "classifier"),
+        ("vgg11", "features.16", "classifier"),
+        ("swin_t", "features.6", "head"),
+        ("vit_b_32", "encoder.layers.encoder_layer_9", "encoder.ln"),
+    ],
+)
+def test_last_stage(arch, first, last):
+    model = common.build_model(arch, {}, "meta")
+    model.set_submodule(common.classifier_name(model, 1000), nn.Identity())
+    names = train.last_stage_modules(model, 224)
+    assert names[0] == first and last in names
+    assert not any(name.startswith(("features.0", "conv1", "layer1", "conv_proj")) for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", common.list_architectures())
+def test_every_architecture(arch):
+    """On the meta device, without values: the classifier can be replaced, and the last stage is found."""
+    kwargs = {"aux_logits": False} if arch in ("googlenet", "inception_v3") else {}
+    model = common.build_model(arch, kwargs, "meta").to("meta").eval()  # RegNets are built on the CPU
+    entry = common.torchvision.models.get_model_weights(arch).DEFAULT
+    size = 224 if arch.startswith("vit_") else common.entry_preprocessing(entry)["size"]
+    with torch.device("meta"):
+        layer = common.reset_classifier(model, common.classifier_name(model, 1000), 3)
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, size, size, device="meta")).shape == (2, 3)
+    model.set_submodule(common.classifier_name(model, 3), nn.Identity())
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, size, size, device="meta")).shape == (2, layer.in_features)
+    trained = {id(p) for name in train.last_stage_modules(model, size) for p in model.get_submodule(name).parameters()}
+    assert 0 < len(trained) < len(list(model.parameters()))
+
+
+# ---------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(
+    "parse, good, bad",
+    [
+        (common.positive_int, [1, 12], ["0", "-1", "1.5", "x", ""]),
+        (common.positive_float, [0.5, 1e-9], ["0", "-1", "nan", "inf", "x"]),
+        (common.non_negative_float, [0, 2.5], ["-0.1", "nan", "inf"]),
+        (common.fraction, [0, 1, 0.5], ["-0.01", "1.01", "nan"]),
+        (common.seed_number, [0, (1 << 63) - 1], ["-1", str(1 << 63), "0.5"]),
+    ],
+)
+def test_numbers_on_the_command_line(parse, good, bad):
+    for value in good:
+        assert parse(str(value)) == value
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=repr(text)):
+            parse(text)
+
+
+def test_signals_are_deferred():
+    """Inside defer_signals a first signal waits for the end of the block, and a second one ends it at once."""
+    steps, previous = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, common.handle_signal)
+    try:
+        with pytest.raises(KeyboardInterrupt) as outside:
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt) as deferred, common.defer_signals(), common.defer_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            steps.append("after the first")
+        assert outside.value.args == deferred.value.args == (128 + signal.SIGTERM,)
+        with pytest.raises(KeyboardInterrupt), common.defer_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            steps.append("after the second")
+        assert steps == ["after the first"]
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_error_messages_are_one_line():
+    assert common.one_line("a\n b\t\tc ") == "a b c"
+    assert str(common.ImageError("x.png", "broken\nheader")) == "cannot read image x.png: broken header"
+    assert common.printable("a\nb") == "a\\nb" and common.printable("Fluß") == "Fluß"
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("mode, old, new", [("w", "old", "new"), ("wb", b"old", b"new")])
+def test_atomic_write_replaces_the_file_in_the_end(tmp_path, mode, old, new):
+    path = tmp_path / "file"
+    with common.atomic_write(path, mode) as file:
+        file.write(old)
+        assert not path.exists()
+    with pytest.raises(ZeroDivisionError), common.atomic_write(path, mode) as file:
+        file.write(new)
+        raise ZeroDivisionError
+    content = old if isinstance(old, bytes) else old.encode()
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+    with common.atomic_write(path, mode) as file:
+        file.write(new)
+    assert path.read_bytes() != content and list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write_names_the_file_in_errors(tmp_path):
+    with pytest.raises(OSError) as raised, common.atomic_write(tmp_path / "file"):
+        raise OSError(28, "No space left on device")  # a full disk: the error has no file name
+    assert raised.value.filename == str(tmp_path / "file") and raised.value.errno == 28
+
+
+def test_csv_lines_end_in_line_feeds(tmp_path):
+    rows = [["a", "b"], ["line\nbreak", "carriage\rreturn"], ['quo"te', "plain"]]
+    common.write_csv(tmp_path / "file.csv", rows[0], rows[1:])
+    assert (tmp_path / "file.csv").read_bytes() == b'a,b\n"line\nbreak","carriage\rreturn"\n"quo""te",plain\n'
+    with open(tmp_path / "file.csv", newline="") as file:
+        assert list(csv.reader(file)) == rows
+
+
+def test_lock(tmp_path):
+    lock = tmp_path / "new" / "out" / ".lock"
+    with common.hold_lock(lock):
+        assert lock.exists()
+        with pytest.raises(common.LockedError, match=".lock"), common.hold_lock(lock):
+            pass
+        assert lock.exists()
+    assert not (tmp_path / "new").exists()
+    with common.hold_lock(lock):
+        (lock.parent / "result").write_text("kept")
+    assert [path.name for path in lock.parent.iterdir()] == ["result"]
+    with pytest.raises(ZeroDivisionError), common.hold_lock(lock):
+        raise ZeroDivisionError
+    with common.hold_lock(lock):  # the error has released it
+        pass
+    assert lock.parent.exists()  # folders that were there before stay
+
+
+def test_hash_of_a_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert common.hash_file(tmp_path / "file").startswith("ba7816bf8f01cfea")
+    assert common.hash_file(tmp_path / "file", "md5") == "900150983cd24fb0d6963f7d28e17f72"
+    with pytest.raises(OSError, match="not a regular file"):
+        common.hash_file(tmp_path)
+
+
+def test_hash_of_weights_leaves_out_the_classifier():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before = common.hash_weights(model, "1")
+    nn.init.zeros_(model[1].weight)
+    assert common.hash_weights(model, "1") == before
+    nn.init.zeros_(model[0].weight)
+    assert common.hash_weights(model, "1") != before
+
+
+def test_feature_cache_finds_rows_by_hash(tmp_path):
+    cache, view = common.FeatureCache(tmp_path, {"arch": "x"}), (0, False)
+    cache.add(view, ["a", "b"], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    cache.flush()
+    out = torch.zeros(4, 2)
+    assert common.FeatureCache(tmp_path, {"arch": "x"}).read_into(view, ["b", "c", "a", "b"], out) == [1]
+    assert out.tolist() == [[3, 4], [0, 0], [1, 2], [3, 4]]
+    assert cache.read_into((1, False), ["a"], out[:1]) == [0]
+    assert common.FeatureCache(tmp_path, {"arch": "y"}).read_into(view, ["a"], out[:1]) == [0]
+    assert common.FeatureCache(None, {}).read_into(view, ["a"], out[:1]) == [0]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def valid_checkpoint():
+    return {
+        "version": 1,
+        "arch": "resnet18",
+        "model_kwargs": {"num_classes": 2},
+        "classes": ["a", "b"],
+        "preprocessing": {"size": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3},
+        "state_dict": {},
+        "temperature": 1.0,
+        "temperature_tta": 1.0,
+        "views": [(0, False)],
+        "metrics": {"epoch": 1},
+        "args": {},
+        "versions": {},
+    }
+
+
+@pytest.mark.parametrize(
+    "path, value, field",
+    [
+        (["version"], 2, "version"),
+        (["version"], None, "version"),
+        (["arch"], 5, "arch"),
+        (["classes"], ["a", "a"], "classes"),
+        (["classes"], ["a"], "classes"),
+        (["classes"], ["a", 2], "classes"),
+        (["classes"], "ab", "classes"),
+        (["model_kwargs"], [], "model_kwargs"),
+        (["model_kwargs", "width_per_group"], 10**7, "model_kwargs"),
+        (["model_kwargs", "image_size"], 10**7, "model_kwargs"),
+        (["preprocessing", "size"], 0, "size"),
+        (["preprocessing", "size"], 32.0, "size"),
+        (["preprocessing", "interpolation"], "box", "interpolation"),
+        (["preprocessing", "mean"], [0.5, 0.5], "mean"),
+        (["preprocessing", "mean"], [math.nan] * 3, "mean"),
+        (["preprocessing", "std"], [0.5, 0.0, 0.5], "std"),
+        (["temperature"], 0.0, "temperature"),
+        (["temperature"], math.inf, "temperature"),
+        (["temperature_tta"], math.nan, "temperature_tta"),
+        (["views"], [], "views"),
+        (["views"], [(4, False)], "views"),
+        (["metrics"], None, "metrics"),
+        (["metrics", "epoch"], "one", "metrics"),
+        (["args"], [], "args"),
+    ],
+)
+def test_invalid_fields_of_a_checkpoint(path, value, field):
+    content = valid_checkpoint()
+    assert common.invalid_fields(content) == []
+    *parents, name = path
+    target = content[parents[0]] if parents else content
+    target[name] = value
+    assert common.invalid_fields(content) == [field]
+
+
+def test_missing_fields_of_a_checkpoint():
+    for name in valid_checkpoint():
+        content = valid_checkpoint()
+        del content[name]
+        assert common.invalid_fields(content), name
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"weight": None}, "1 keys missing (weight)"),
+        ({"extra": torch.zeros(1)}, "1 keys unknown (extra)"),
+        ({"weight": torch.zeros(3, 3)}, "1 keys of the wrong shape (weight)"),
+        ({"weight": 5}, "1 keys of the wrong type (weight)"),
+        ({"weight": torch.zeros(3, 2, dtype=torch.int64)}, "of the wrong type"),
+        ({"weight": torch.zeros(3, 2).to_sparse()}, "of the wrong type"),
+        ({"weight": torch.zeros(3, 2, device="meta")}, "of the wrong type"),
+        ({"bias": torch.tensor([0, math.nan, 0])}, "1 keys with values that are not finite (bias)"),
+        (dict.fromkeys("abcd", 0), "4 keys unknown (a, b, c, ...)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change, words):
+    state = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)} | change
+    state = {name: value for name, value in state.items() if value is not None}
+    with pytest.raises(UserError) as raised:
+        common.load_weights(nn.Linear(2, 3, device="meta"), state, "some_arch", "w.pth")
+    assert "w.pth does not fit the architecture some_arch" in str(raised.value) and words in str(raised.value)
+
+
+def test_load_weights_converts_floats():
+    model = nn.Linear(2, 3, device="meta")
+    common.load_weights(model, {"weight": torch.ones(3, 2).half(), "bias": torch.ones(3).double()}, "arch", "w.pth")
+    assert model.weight.dtype == model.bias.dtype == torch.float32 and model.weight.sum() == 6
