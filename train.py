@@ -14,6 +14,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import hashlib
 import io
 import json
 import math
@@ -717,10 +718,9 @@ def check_finite(losses: Sequence[float], epoch: int, optimizer: torch.optim.Opt
         )
 
 
-def epoch_generator(seed: int, epoch: int, rank: int | None = None) -> torch.Generator:
-    """Return a random generator that depends on seed, epoch and, if given, process alone."""
-    values = (seed, epoch) if rank is None else (seed, epoch, rank)
-    return torch.Generator().manual_seed(hash(values))
+def epoch_seed(seed: int, epoch: int, purpose: str) -> int:
+    """Return the random seed for one purpose in one epoch. It depends on its arguments alone, whatever came before."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {epoch} {purpose}".encode()).digest()[:8], "big")
 
 
 # ---------------------------------------------------------------- linear probe: a classifier on cached features
@@ -881,7 +881,7 @@ class LinearProbes:
     def train_batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
         """Yield batches whose order and views depend on seed and epoch alone."""
         features, targets = self.data["train"]
-        generator = epoch_generator(self.seed, epoch)
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch, "order"))
         order = torch.randperm(len(targets), generator=generator).to(targets.device)
         views = torch.randint(len(features), targets.shape, generator=generator).to(targets.device)
         for rows in order.split(self.batch_size):
@@ -1137,11 +1137,12 @@ class FineTuner:
     def train_batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
         """Yield normalized images; all that is random depends on seed, epoch and process alone."""
         targets = self.targets["train"]
-        order = torch.randperm(len(targets), generator=epoch_generator(self.seed, epoch))
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch, "order"))
+        order = torch.randperm(len(targets), generator=generator)
         # All at once: a GPU would have to wait if the indices of each step were sent to it.
         steps = order.to(self.device).tensor_split(self.steps_per_epoch)
         own = [rows[RANK::WORLD_SIZE] for rows in steps]
-        torch.manual_seed(epoch_generator(self.seed, epoch, RANK).initial_seed())  # dropout and augmentation
+        torch.manual_seed(epoch_seed(self.seed, epoch, f"process {RANK}"))  # for dropout and augmentation
         for module in self.in_train_mode:
             module.training = True
         self.model_is_current = False
