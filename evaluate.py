@@ -2,11 +2,12 @@
 
 The report folder OUT gets report.html (everything on one page), metrics.json, per_class.csv, predictions.csv and
 pictures, which replace those of an earlier report. Several checkpoints are compared on the same images: OUT is then the
-report of the first, OUT/<name>/ has the files of each other one, and metrics.json lists all of them as `models`. The
+report of the first, the others have their files in OUT/<name>/, and metrics.json lists all of them as `models`. The
 text of the report goes to stderr, and the content of metrics.json to stdout.
 
 `loss` is the cross entropy without the temperature, as in the training history. All other numbers are computed from
-probabilities that are calibrated by the temperature, like those of predict.py, except those named `_uncalibrated`.
+probabilities that are calibrated by the temperature, like those of predict.py, except those whose names end in
+`_uncalibrated`.
 """
 
 from __future__ import annotations
@@ -359,8 +360,9 @@ RESAMPLES, BINS = 2000, 15
 THRESHOLDS = (0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 MCNEMAR = "McNemar's exact test, two-sided"
 INTERVALS = (
-    "95%: Wilson's score interval for accuracy, precision and recall; for all others, such as F1 and macro F1, the "
-    f"percentiles of a bootstrap with {RESAMPLES} resamples of the n images, which has width 0 where nothing is wrong."
+    "95%: Wilson's score interval for accuracy, precision and recall; Bonett and Price's for the difference of two "
+    f"accuracies; for all others, such as F1 and macro F1, the percentiles of a bootstrap with {RESAMPLES} resamples "
+    "of the n images, which has width 0 where all resamples agree, as if nothing is wrong."
 )
 
 
@@ -380,23 +382,23 @@ class Estimate(NamedTuple):
         return f"{self.value:{spec}} (95% interval {self.low:{spec}} to {self.high:{spec}})"
 
 
-# To add a metric that summarizes a model in one number, such as balanced accuracy, add its key in metrics.json and its
-# label here, and its value to `compute_metrics` below, as an Estimate. It then appears in metrics.json, in the text on
-# stderr, in report.html, and in the table and the picture that compare models. The README explains metrics.json.
+# To add a metric of a whole model that has an interval: add `key: label` here, where the key is its name in
+# metrics.json, and its Estimate under that key to what `compute_metrics` returns. The text on stderr, report.html and
+# the comparison of models then show it. Also mention its interval in INTERVALS, and absent classes in `list_images`.
 SUMMARY_METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1"}
-CLASS_METRICS = {"precision": "precision", "recall": "recall", "f1": "F1"}  # the same for the metrics of each class
+CLASS_METRICS = {"precision": "precision", "recall": "recall", "f1": "F1"}  # of each class; columns of per_class.csv
 
 
 def compute_metrics(candidate: Candidate, predictions: Predictions, timing: dict[str, Any]) -> dict[str, Any]:
     """Return all metrics of a model, by their names in metrics.json; those with an interval are of type Estimate."""
     classes, targets, confusion = candidate.checkpoint.classes, predictions.targets, predictions.confusion
-    correct, support, predicted = bootstrap_counts(confusion)
-    f1 = 2 * correct / (support + predicted)  # [C, 1 + RESAMPLES]; NaN for a class without true and predicted images
+    num_correct, num_true, num_predicted = bootstrap_counts(confusion)
+    f1 = 2 * num_correct / (num_true + num_predicted)  # [C, 1 + RESAMPLES]; NaN if both numbers are 0
     counts = (count.tolist() for count in (confusion.diag(), confusion.sum(1), confusion.sum(0)))
     per_class = []
-    for name, class_f1, num_correct, num_true, num_predicted in zip(classes, f1, *counts):
-        row = {"class": name, "precision": wilson(num_correct, num_predicted), "recall": wilson(num_correct, num_true)}
-        per_class.append({**row, "f1": percentile_estimate(class_f1), "support": num_true})
+    for name, class_f1, correct, true, predicted in zip(classes, f1, *counts):
+        row = {"class": name, "precision": wilson(correct, predicted), "recall": wilson(correct, true)}
+        per_class.append({**row, "f1": percentile_estimate(class_f1), "support": true})
     ranks = (predictions.calibrated > predictions.calibrated.gather(1, targets[:, None])).sum(1)
     uncalibrated = calibration(predictions.uncalibrated, targets)
     return {
@@ -430,9 +432,10 @@ def wilson(count: int, total: int) -> Estimate:
 def bootstrap_counts(confusion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Count the correctly classified, true and predicted images of each class, with a bootstrap (Efron, 1979).
 
-    Returns three float64 [C, 1 + RESAMPLES]: the counts in the confusion matrix [true, predicted], and in resamples.
-    To draw n images with replacement is a multinomial draw over the cells of the matrix. It is made as a binomial draw
-    for one cell after the other, from the images that are left, so that the time does not depend on n.
+    Returns three float64 [C, 1 + RESAMPLES]: column 0 has the counts in the confusion matrix [true, predicted], the
+    other columns those in the resamples. To draw n images with replacement is a multinomial draw over the cells of the
+    matrix. It is made as a binomial draw for one cell after the other, from the images that are left, so that the time
+    does not depend on n.
     """
     generator = torch.Generator().manual_seed(0)
     true, predicted = confusion.nonzero().unbind(1)
@@ -462,8 +465,8 @@ def calibration(scores: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
     """Return how well log-probabilities [N, C] agree with the frequency of correct predictions.
 
     nll is the mean negative log-likelihood in nats. ece is the expected calibration error: |accuracy - mean confidence|
-    in 15 bins of equal width, weighted by their images (Guo et al., ICML 2017); `reliability` has these bins. brier is
-    the squared error summed over the classes, from 0 to 2 (Brier, 1950). mean_probability is the mean confidence.
+    in BINS bins of equal width, weighted by their images (Guo et al., ICML 2017); `reliability` has these bins. brier
+    is the squared error summed over the classes, from 0 to 2 (Brier, 1950). mean_probability is the mean confidence.
     """
     probabilities, target_scores = scores.exp(), scores.gather(1, targets[:, None])[:, 0]
     confidence, predicted = probabilities.max(1)
@@ -592,7 +595,7 @@ def shorten(text: str, length: int = 26) -> str:
 
 def comparison_section(models: list[EvaluatedModel], comparisons: list[dict], picture: Path) -> Section:
     """Compare the models by their summary metrics and the F1 of the first model's classes."""
-    chosen, note = most_confused_classes(models[0].predictions.confusion)
+    chosen, note = classes_to_show(models[0].predictions.confusion)
     names = [models[0].checkpoint.classes[index] for index in chosen]
     labels = list(SUMMARY_METRICS.values())
     estimates, table = {}, [["model [95% interval]", *labels, "ECE", "parameters", "ms per image"]]
@@ -666,7 +669,7 @@ def model_sections(model: EvaluatedModel, paths: list[str], folder: Path) -> lis
 def accuracy_section(model: EvaluatedModel, picture: Path) -> Section:
     """Report the summary metrics, and precision, recall and F1 of each class."""
     per_class = model.metrics["per_class"]
-    chosen, note = most_confused_classes(model.predictions.confusion)
+    chosen, note = classes_to_show(model.predictions.confusion)
     shown = [per_class[index] for index in chosen]
     labels = [f"{shorten(row['class'])} ({row['support']:,})" for row in shown]
     estimates = {label: [row[key] for row in shown] for key, label in CLASS_METRICS.items()}
@@ -806,7 +809,7 @@ MAX_CLASSES = 40  # in a picture
 MARKERS = "os^Dvp*"
 
 
-def most_confused_classes(confusion: torch.Tensor) -> tuple[list[int], str]:
+def classes_to_show(confusion: torch.Tensor) -> tuple[list[int], str]:
     """Return the classes to show in a picture, in order, and a note for its title if these are not all classes."""
     mistakes = confusion.sum(0) + confusion.sum(1) - 2 * confusion.diag()
     chosen = sorted(mistakes.argsort(descending=True, stable=True)[:MAX_CLASSES].tolist())
@@ -837,7 +840,7 @@ def plot_estimates(path: Path, labels: list[str], series: dict[str, list[Estimat
 
 def plot_confusion(path: Path, confusion: torch.Tensor, classes: list[str]) -> None:
     """Draw a confusion matrix [true, predicted]: numbers of images, colored by their share of the true class."""
-    chosen, note = most_confused_classes(confusion)
+    chosen, note = classes_to_show(confusion)
     counts = confusion[chosen][:, chosen].tolist()
     shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1))[chosen][:, chosen].tolist()
     side = 3.5 + 0.45 * len(chosen)

@@ -1,10 +1,11 @@
 """Train an image classifier by transfer learning: a pre-trained, frozen network with a new classifier for your classes.
 
 Reads DATA/train/<class>/*, and DATA/val and DATA/test if they exist; writes OUT/model.pt, OUT/last.pt and
-OUT/history.csv. The frozen network sees each image once, and the classifier is trained on the cached features, by
-AdamW. With --finetune the network is trained too, starting from that classifier. The best epoch is chosen on val; test
-is only reported. The last line on stdout is one JSON object. Several processes: torchrun --nproc-per-node N train.py
-...
+OUT/history.csv. The frozen network runs once over each view of each image; AdamW then trains the classifier on the
+cached features. With --finetune the network is trained too, starting from that classifier. The best epoch is chosen on
+val; test is only reported. The last line on stdout is one JSON object.
+
+To train with several processes: torchrun --nproc-per-node N train.py ...
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ if TYPE_CHECKING:
 else:
     torch, v2 = LazyModule("torch"), LazyModule("torchvision.transforms.v2")
 
-IMBALANCE_RATIO = 5  # a warning is logged if the largest class has so many times the images of the smallest
-CALIBRATION_SAMPLE = 1000  # images of val on which the temperature for averages over views is fitted
-TRAIN_SAMPLE = 5000  # images on which fine-tuning measures the train columns of the history
+IMBALANCE_RATIO = 5  # warn if the largest class has at least this many times as many images as the smallest
+CALIBRATION_SAMPLE = 1000  # at most this many val images are used to fit `temperature_tta`
+TRAIN_SAMPLE = 5000  # fine-tuning measures train_loss and train_acc on at most this many images
 PROBE_EPOCHS = 10  # of the classifier alone, before fine-tuning
-STRONG_CHUNKS = 16  # parts of a batch that share a draw of strong augmentation; a draw per image would slow a GPU
-RUN_VERSION = 2  # of last.pt
+STRONG_PARTS = 16  # parts of a batch; the images of a part share one draw of strong augmentation
+RUN_VERSION = 2  # format version of last.pt
 HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")), "seconds"]
 
 
@@ -64,17 +65,17 @@ HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for wha
 
 WEIGHTS_HELP = (
     "a torchvision weights name such as IMAGENET1K_V2, a file (a torchvision state dict or a model.pt of this tool), "
-    "or none for random weights. Default: IMAGENET1K_V1 if it exists (trained with plain softmax cross entropy, whose "
-    "features transfer better when frozen; Kornblith et al., NeurIPS 2021), else DEFAULT"
+    "or none for random weights. Default: IMAGENET1K_V1 if it exists (features of networks trained with plain softmax "
+    "cross entropy transfer better when frozen; Kornblith et al., NeurIPS 2021), else DEFAULT"
 )
 AUGMENT_HELP = (
-    "views of each training image, one of them drawn per epoch. flip: with the mirror image (for photographs); "
-    "dihedral: all flips and quarter turns (for images from above); strong (only with --finetune last or all): "
-    "TrivialAugmentWide, random erasing, and CutMix or MixUp, in addition to flip or to the views given with it"
+    "views of each training image, one of them drawn per epoch. none: the image as it is; flip: also its mirror image "
+    "(for photographs); dihedral: all flips and quarter turns (for images from above). strong (only with --finetune "
+    "last or all; alone it implies flip) adds TrivialAugmentWide, random erasing, and CutMix or MixUp"
 )
 FINETUNE_HELP = (
-    "what is trained: the new classifier; also the network's last stage; or the whole network. The classifier is "
-    "trained alone first (Kumar et al., ICLR 2022). Pre-trained BatchNorm keeps its statistics"
+    "head: train only the new classifier; last: also the network's last stage; all: the whole network. The classifier "
+    "is trained alone first (Kumar et al., ICLR 2022). Pre-trained BatchNorm keeps its statistics"
 )
 TUNE_HELP = (
     "try N settings of learning rate, weight decay, label smoothing and epochs (up to --epochs) side by side, then "
@@ -96,12 +97,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--arch", default="resnet50", help="a torchvision classification model")
     add("--list-archs", action="store_true", help="print the names that --arch takes, and exit")
     add("--weights", metavar="NAME", help=WEIGHTS_HELP)
-    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the input images (default: of the weights)")
+    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the input (default: that of the weights)")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive_int, default=5, metavar="N", help="passes over the training images")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="images per optimizer step")
     add("--lr", type=positive_float, default=1e-3, metavar="RATE", help="peak learning rate, with cosine decay to 0")
-    add("--warmup", type=non_negative_float, default=0, metavar="EPOCHS", help="epochs of linear warm-up, at most half")
+    add(
+        "--warmup",
+        type=non_negative_float,
+        default=0,
+        metavar="EPOCHS",
+        help="linear warm-up, at most half of the schedule",
+    )
     decay = "decoupled weight decay (AdamW; with 0 it is Adam), not applied to biases and normalization layers"
     add("--weight-decay", type=non_negative_float, default=0, metavar="X", help=decay)
     smoothing = "share of each label that is spread over all classes"
@@ -109,22 +116,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--class-weights", choices=("balanced",), help="balanced: all classes have the same total weight in the loss")
     add("--augment", choices=(*VIEWS, "strong"), nargs="+", default="none", help=AUGMENT_HELP)
     add("--patience", type=positive_int, metavar="N", help="stop after N epochs without improvement on val")
-    minutes = "shorten the schedule to finish M minutes after the start; the feature pass and one epoch always complete"
+    minutes = "shorten the schedule to finish within M minutes; the feature pass and one epoch always complete"
     add("--max-minutes", type=positive_float, metavar="M", help=minutes)
     add("--seed", type=seed_number, default=0, metavar="N", help="random seed")
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--finetune", choices=("head", "last", "all"), default="head", help=FINETUNE_HELP)
-    backbone_lr = "peak learning rate of the network's own layers"
+    backbone_lr = "peak learning rate of the backbone"
     add("--backbone-lr", type=positive_float, default=1e-4, metavar="RATE", help=backbone_lr)
-    add("--clip-norm", type=positive_float, default=1.0, metavar="NORM", help="largest norm of the gradient")
+    add("--clip-norm", type=positive_float, default=1.0, metavar="NORM", help="clip the gradient norm to this value")
     add = parser.add_argument_group("search and repetition (--finetune head)").add_argument
     add("--tune", type=positive_int, metavar="N", help=TUNE_HELP)
     seeds = "train with K seeds, report mean and standard deviation, and save the best on val"
     add("--seeds", type=positive_int, default=1, metavar="K", help=seeds)
     add = parser.add_argument_group("feature cache").add_argument
-    add("--cache", type=Path, default=default_cache(), metavar="DIR", help="folder where features are remembered")
-    add("--no-cache", action="store_true", help="neither read nor write remembered features")
-    limit = "remove the features that were not used for longest beyond this size"
+    add("--cache", type=Path, default=default_cache(), metavar="DIR", help="folder of the feature cache")
+    add("--no-cache", action="store_true", help="do not use the feature cache")
+    limit = "above this size, remove the least recently used features"
     add("--cache-limit", type=positive_float, default=20, metavar="GB", help=limit)
     add = add_hardware_options(parser).add_argument
     add("--compile", action="store_true", help="compile the network (needs a C++ compiler)")
@@ -132,14 +139,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.image_size and args.image_size > MAX_IMAGE_SIZE:
         parser.error(f"--image-size {args.image_size} is above {MAX_IMAGE_SIZE}")
     if args.resume and args.restart:
-        parser.error("--resume and --restart exclude each other")
+        parser.error("--resume and --restart cannot be used together")
     augment = [args.augment] if isinstance(args.augment, str) else args.augment
-    args.strong, views = "strong" in augment, set(augment) - {"strong"} or {"flip"}
+    args.strong = "strong" in augment
+    views = set(augment) - {"strong"} or {"flip"}
     if len(views) > 1:
         parser.error(f"--augment {' '.join(augment)}: choose one of {', '.join(VIEWS)}, with or without strong")
-    args.augment = views.pop()
+    args.augment = views.pop()  # from here on the name of the views alone
     if args.finetune == "head" and args.strong:
-        parser.error("--augment strong needs --finetune last or all: a frozen network sees an image once per view")
+        parser.error("--augment strong needs --finetune last or all: a frozen network sees each view of an image once")
     changed = [key for key in ("backbone_lr", "clip_norm") if getattr(args, key) != parser.get_default(key)]
     if args.finetune == "head" and changed:
         parser.error("--backbone-lr and --clip-norm need --finetune last or all")
@@ -160,7 +168,7 @@ def default_cache() -> Path:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Train a classifier as the command line says, and return the exit code."""
+    """Train a classifier according to the command line, and return the exit code."""
     args, start = parse_args(argv), time.monotonic()
     if args.list_archs:
         print("\n".join(list_architectures()))
@@ -201,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     print(json.dumps(report))
     if better:
         return None
-    log(f"kept the old {args.out / 'model.pt'}: accuracy on val {old_val_acc:.4f}, of the new one {row['val_acc']:.4f}")
+    log(f"kept the old {args.out / 'model.pt'}: val accuracy {old_val_acc:.4f}; the new model has {row['val_acc']:.4f}")
     return EXIT_KEPT_OLD
 
 
@@ -218,14 +226,14 @@ def resume_hint(restart: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_group(device_name: str | None) -> Iterator[torch.device]:
-    """Pick the device, and connect to the other processes during the block if torchrun started several."""
+    """Pick the device, and connect to the other processes if torchrun started several."""
     device = pick_device(device_name)
     if WORLD_SIZE > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(days=7)  # the others wait while the first process works alone
         torch.distributed.init_process_group(backend, timeout=timeout)
     yield device
-    if WORLD_SIZE > 1:  # not after an error: it would wait for what the other processes never finish
+    if WORLD_SIZE > 1:  # not after an error: it could hang, because the others may never get here
         torch.distributed.destroy_process_group()
 
 
@@ -237,7 +245,7 @@ class Dataset:
     """An image tree."""
 
     classes: list[str]  # in the order of the model's outputs
-    splits: dict[str, Split]  # those that exist
+    splits: dict[str, Split]  # only the splits that exist
 
 
 @dataclass(frozen=True)
@@ -252,7 +260,7 @@ class HParams:
 
 @dataclass
 class Epoch:
-    """A measured epoch."""
+    """The metrics of one epoch, and its weights if it is the best so far."""
 
     row: dict  # its row of the history
     calibrated_nll: float  # cross entropy on val in nats, at the best temperature; 1 without val
@@ -262,7 +270,7 @@ class Epoch:
 
 @dataclass
 class Run:
-    """A training with one configuration and one seed."""
+    """A training run with one configuration and one seed."""
 
     hparams: HParams
     seed: int
@@ -283,7 +291,7 @@ class Run:
 class UnfinishedRun:
     """The state of an interrupted training, from last.pt."""
 
-    settings: dict  # all that shapes its result, see `run_settings`
+    settings: dict  # everything that affects its result, see `run_settings`
     completed: list[Run]  # those of earlier seeds
     run: Run  # the interrupted one
     optimizer: dict  # state dict after the last complete epoch
@@ -295,7 +303,7 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, Network, UnfinishedRun |
     needs_val = [name for name in ("tune", "patience", "only_if_better") if getattr(args, name)]
     classes, listing = list_tree(args.data, [f"--{name.replace('_', '-')}" for name in needs_val])
     log_class_sizes(args.data, classes, listing, args.class_weights is not None)
-    for leftover in args.out.glob(".*.tmp"):  # of a killed run
+    for leftover in args.out.glob(".*.tmp"):  # left behind by a killed run
         leftover.unlink()
     unfinished = read_unfinished(args.out, args.resume, args.restart)
     incumbent = read_incumbent(args.out / "model.pt", classes, args.data) if args.only_if_better else None
@@ -324,7 +332,7 @@ def list_tree(data: Path, needs_val: list[str]) -> tuple[list[str], dict[str, tu
     if "val" not in listing:
         if needs_val:
             raise UserError(f"{' and '.join(needs_val)}: {data} has no val/ to choose on; prepare_data.py makes one")
-        log(f"{data} has no val/: nothing is selected; the last epoch is the model, the temperature is 1")
+        log(f"{data} has no val/: no epoch is selected; the last one is saved, with temperature 1")
     return classes, listing
 
 
@@ -339,7 +347,7 @@ def log_class_sizes(data: Path, classes: list[str], listing: dict, balanced: boo
         texts = [f"{count} {name}" for count, name in counts]
         texts = texts if len(texts) <= 20 else [*texts[:5], "...", *texts[-5:]]
         log(
-            f"warning: {data / 'train'} is imbalanced, rare classes will be recognized less often: {', '.join(texts)}; "
+            f"warning: {data / 'train'} is imbalanced; rare classes will be recognized less often: {', '.join(texts)}; "
             "--class-weights balanced gives all classes the same weight"
         )
     if ignored := [name for name in class_folders(data) if name not in SPLITS]:
@@ -349,7 +357,7 @@ def log_class_sizes(data: Path, classes: list[str], listing: dict, balanced: boo
 
 
 def read_unfinished(folder: Path, resume: bool, restart: bool) -> UnfinishedRun | None:
-    """Return the state of the unfinished run in a folder, to be resumed; None if there is none, or it is discarded.
+    """Return the state of the unfinished run in a folder, or None if there is none or --restart discards it.
 
     Raises UserError for an unfinished run if neither --resume nor --restart is given, and for a damaged last.pt.
     """
@@ -371,7 +379,7 @@ def read_unfinished(folder: Path, resume: bool, restart: bool) -> UnfinishedRun 
         completed = [Run.from_dict(run) for run in content["completed"]]
         unfinished = UnfinishedRun(completed=completed, run=Run.from_dict(content["run"]), **fields)
     except (LookupError, TypeError, ValueError):
-        reason = "is damaged, or of another version of this program"
+        reason = "is damaged, or was written by another version of this program"
         raise UserError(f"the state of the unfinished run in {last} {reason}; discard it with --restart") from None
     if not resume:
         epochs = len(unfinished.run.history)
@@ -395,9 +403,9 @@ def read_incumbent(path: Path, classes: list[str], data: Path) -> Checkpoint | N
 
 
 def run_settings(arguments: dict, dataset: Dataset, model: InferenceModel) -> dict:
-    """Return all that shapes the result of a run, as plain values: a run is resumed only if they are the same."""
-    without = "resume restart only_if_better list_archs out workers cache no_cache cache_limit compile max_minutes"
-    settings = {name: value for name, value in plain_values(arguments).items() if name not in without.split()}
+    """Return everything that affects the result of a run, as plain values. A run is resumed only if it is the same."""
+    no_effect = "resume restart only_if_better list_archs out workers cache no_cache cache_limit compile max_minutes"
+    settings = {name: value for name, value in plain_values(arguments).items() if name not in no_effect.split()}
     if arguments["finetune"] != "head":
         settings["processes"] = WORLD_SIZE
     images = []
@@ -408,7 +416,7 @@ def run_settings(arguments: dict, dataset: Dataset, model: InferenceModel) -> di
 
 
 def check_resumable(unfinished: UnfinishedRun, settings: dict, folder: Path) -> None:
-    """Raise UserError that names what differs between the settings of the unfinished run and these."""
+    """Raise UserError that lists the settings that differ from those of the unfinished run."""
     before = unfinished.settings
     if different := [key for key, value in settings.items() if value != before.get(key)]:
         texts = [f"{key} was {before.get(key)}, is {settings[key]}" for key in different]
@@ -436,7 +444,7 @@ def measure_incumbent(
 
 
 def open_cache(model: InferenceModel, args: argparse.Namespace) -> FeatureCache:
-    """Return a model's feature cache, as --cache, --no-cache and --cache-limit say; only the first process has one."""
+    """Return a model's feature cache according to the options; only the first process has one."""
     folder = None if args.no_cache or RANK else args.cache
     return FeatureCache(folder, feature_key(model), args.cache_limit * 1e9)
 
@@ -447,25 +455,25 @@ def open_cache(model: InferenceModel, args: argparse.Namespace) -> FeatureCache:
 class Learner(Protocol):
     """What `fit` trains: one or more models that learn side by side from the same batches.
 
-    `active` are the numbers of the models that are still being trained, A of them.
+    `active` lists the indices of the A models that are still training.
     """
 
     device: torch.device
     targets: dict[str, torch.Tensor]  # class indices [N] of each split, on the device
     steps_per_epoch: int
-    distributed: bool  # whether each process has a share of every step
+    distributed: bool  # whether every process computes a part of each step
 
     def param_groups(self, hparams: Sequence[HParams]) -> list[dict]:
-        """Return the optimizer's parameter groups, with `peak` (learning rate) and `epochs` of each."""
+        """Return the optimizer's parameter groups, each with its `peak` learning rate and its `epochs`."""
 
     def train_batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
-        """Yield the steps of an epoch: inputs, class indices [B] or probabilities [B, C], and this process's share."""
+        """Yield the steps of an epoch: inputs, class indices [B] or probabilities [B, C], and a weight for the loss."""
 
     def forward(self, inputs: torch.Tensor, active: list[int]) -> torch.Tensor:
         """Return the logits [B, A, C] of the active models."""
 
     def clip_gradients(self) -> None:
-        """Bound the norm of the gradients, if the learner does so."""
+        """Clip the gradients, if the learner uses clipping."""
 
     def eval_batches(self, split: str, active: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield logits [B, A, C] and class indices [B] of the images of a split, unaugmented, without gradients."""
@@ -486,12 +494,12 @@ class TrainOptions:
     warmup: float = 0  # epochs of linear warm-up, at most half of the schedule
     patience: int | None = None  # epochs without improvement on val after which to stop
     balanced: bool = False  # whether all classes have the same total weight in the loss
-    deadline: float = math.inf  # the time (of time.monotonic) until which to finish
+    deadline: float = math.inf  # the value of time.monotonic() by which to finish
 
 
 @dataclass
 class Measurement:
-    """A model on a split: mean cross entropy in nats and accuracy in 0..1; on val also what `calibrate` finds."""
+    """Metrics of a model on a split: mean cross entropy in nats, accuracy in 0..1, and on val those of `calibrate`."""
 
     loss: float
     acc: float
@@ -509,10 +517,10 @@ def fit(
 ) -> list[Run]:
     """Train the learner's models with cross entropy, one for each of the new runs, and return the completed runs.
 
-    The learning rate warms up linearly and then decays to 0 along a cosine. Where the deadline leaves no time for all
+    The learning rate warms up linearly and then decays to 0 along a cosine. If the deadline leaves no time for all
     epochs, the schedule is shortened; the first epoch is always completed. After each epoch the splits are measured,
     and after_epoch(run, epoch, optimizer state, weights) is called for the first model. `unfinished` continues its run.
-    Raises UserError if the loss of a single model is not finite; of several models such a one is just the worst.
+    Raises UserError if the loss of a single model is not finite; with several models, that model ranks last.
     """
     groups = learner.param_groups([run.hparams for run in runs])
     optimizer = torch.optim.AdamW(groups, fused=learner.device.type != "mps")
@@ -563,17 +571,17 @@ def train_one_epoch(
     weights = balanced_weights(learner.targets["train"]) if options.balanced else None
     smoothing = torch.tensor([runs[index].hparams.label_smoothing for index in active], device=learner.device)
     losses, steps = [], learner.steps_per_epoch
-    for step, (inputs, targets, share) in enumerate(learner.train_batches(epoch)):
+    for step, (inputs, targets, loss_weight) in enumerate(learner.train_batches(epoch)):
         for group in optimizer.param_groups:
             length = min(group["epochs"], limit)
             group["lr"] = group["peak"] * lr_factor(epoch - 1 + step / steps, length, options.warmup)
         loss = cross_entropies(learner.forward(inputs, active), targets, smoothing, weights)
         optimizer.zero_grad()
-        (share * loss.sum()).backward()
+        (loss_weight * loss.sum()).backward()
         learner.clip_gradients()
         optimizer.step()
         losses.append(loss.detach())
-        if len(runs) == 1 and (step % 50 == 49 or step + 1 == steps):  # not at each step: a GPU would have to wait
+        if len(runs) == 1 and (step % 50 == 49 or step + 1 == steps):  # reading a loss synchronizes the GPU
             check_finite(torch.cat(losses).tolist(), epoch, optimizer)
 
 
@@ -588,7 +596,7 @@ def evaluate(learner: Learner, split: str, active: list[int]) -> list[Measuremen
         correct += (logits.argmax(2) == wanted).sum(0).cpu().double()
         count += len(targets)
         if split == "val":
-            every = math.ceil(len(learner.targets["val"]) * logits.shape[2] / 5e6)  # a sample of a very large set
+            every = math.ceil(len(learner.targets["val"]) * logits.shape[2] / 5e6)  # subsample a very large val set
             kept.append((logits[::every].cpu(), targets[::every].cpu()))
     if learner.distributed and WORLD_SIZE > 1:  # each process has measured its own share of the images
         parts, kept = all_gather_list([(losses, correct, count)]), all_gather_list(kept)
@@ -613,7 +621,7 @@ def make_epoch(epoch: int, rate: float, measured: dict[str, Measurement], second
 
 
 def epochs_until(deadline: float, runs: Sequence[Run], done: int) -> float:
-    """Return how many epochs, with those already done, can end before the deadline, judged by the last epoch's time."""
+    """Return how many epochs, `done` included, fit before the deadline, estimated from the last epoch's duration."""
     longest = max((run.history[-1]["seconds"] for run in runs if run.history), default=0)
     if deadline == math.inf or not longest:
         return math.inf
@@ -621,7 +629,7 @@ def epochs_until(deadline: float, runs: Sequence[Run], done: int) -> float:
 
 
 def lr_factor(epochs: float, length: float, warmup: float) -> float:
-    """Return the factor of the learning rate after so many epochs: linear warm-up, then half a cosine down to 0."""
+    """Return the learning-rate multiplier after `epochs` epochs: linear warm-up, then half a cosine down to 0."""
     warmup = min(warmup, length / 2)
     if epochs < warmup:
         return max(epochs / warmup, 0.01)
@@ -631,9 +639,9 @@ def lr_factor(epochs: float, length: float, warmup: float) -> float:
 def selection_key(epoch: Epoch) -> tuple[float, ...]:
     """Return the key by which epochs, configurations and seeds are compared; the largest is the best.
 
-    It is the val loss at the best temperature, negated, then the plain one: accuracy on a few thousand images is coarse
-    and noisy, and the plain loss penalizes what the temperature corrects (Berta et al., Rethinking early stopping:
-    refine, then calibrate, 2025). Without val, the last epoch is the best.
+    It is the negated val loss at the best temperature; ties are broken by the uncalibrated one. Accuracy on a few
+    thousand images is coarse and noisy, and the plain loss penalizes what the temperature corrects (Berta et al.,
+    Rethinking early stopping: refine, then calibrate, 2025). Without val, the last epoch is the best.
     """
     row = epoch.row
     return (row["epoch"],) if row["val_loss"] is None else (-epoch.calibrated_nll, -row["val_loss"])
@@ -675,8 +683,8 @@ def cross_entropies(
 def calibrate(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
     """Return the temperature that minimizes the cross entropy of logits [N, C] / temperature, and that loss in nats.
 
-    (Guo et al., ICML 2017.) With no errors the optimal temperature is 0; return 1, and a loss of 0. The loss is convex
-    in 1 / temperature, whose optimum in 1/20..20 is found by Newton's method.
+    This is temperature scaling (Guo et al., ICML 2017). With no errors the optimal temperature is 0; return 1, and a
+    loss of 0. The loss is convex in 1 / temperature, which is optimized within 1/20..20 by Newton's method.
     """
     logits, own = logits.double(), logits.gather(1, targets[:, None]).double()
     if not logits.isfinite().all():
@@ -719,7 +727,7 @@ def check_finite(losses: Sequence[float], epoch: int, optimizer: torch.optim.Opt
 
 
 def epoch_seed(seed: int, epoch: int, purpose: str) -> int:
-    """Return the random seed for one purpose in one epoch. It depends on its arguments alone, whatever came before."""
+    """Return the random seed for one purpose in one epoch. It depends on its arguments alone."""
     return int.from_bytes(hashlib.sha256(f"{seed} {epoch} {purpose}".encode()).digest()[:8], "big")
 
 
@@ -744,10 +752,10 @@ def train_linear_probe(
     unfinished: UnfinishedRun | None,
     deadline: float,
 ) -> tuple[list[Run], float]:
-    """Train the classifier on the frozen network's features: the run of each seed, and the temperature for --tta.
+    """Train the classifier on the frozen network's features; return the run of each seed and the temperature for --tta.
 
-    With --tune the hyper-parameters are searched first. The model receives the best classifier. Only the first process
-    trains; the others get no runs.
+    With --tune the hyper-parameters are searched first. The best classifier is written into the model. Only the first
+    process trains; the others get no runs.
     """
     views = VIEWS[args.augment]
     sample = calibration_sample(dataset, views)
@@ -776,7 +784,7 @@ def train_linear_probe(
         time_share = (deadline - now) / (args.seeds - len(runs))
         options = replace(options, seed=seed, deadline=now + time_share)
         probes = LinearProbes(head, data, options)
-        if seed != args.seed:
+        if seed != args.seed:  # for the first seed, load_pretrained has drawn the weights
             initialize_classifier(probes.heads[0][1], seed)
         save = functools.partial(files.record_epoch, runs)
         runs = [*runs, *fit(probes, [Run(hparams, seed)], list(data), options, unfinished, save)]
@@ -794,7 +802,7 @@ def train_options(args: argparse.Namespace, deadline: float) -> TrainOptions:
 
 
 def calibration_sample(dataset: Dataset, views: Sequence[View]) -> Split | None:
-    """Return some images of val, whose averages over views are calibrated; None without val, or with a single view."""
+    """Return an evenly spaced sample of val to fit `temperature_tta` on; None without val, or with a single view."""
     if "val" not in dataset.splits or len(views) == 1:
         return None
     val = dataset.splits["val"]
@@ -823,7 +831,7 @@ def label_features(dataset: Dataset, features: list[torch.Tensor], device: torch
 
 
 def standardized_head(classifier: torch.nn.Linear, features: torch.Tensor) -> torch.nn.Sequential:
-    """Return a trainable copy of the classifier behind a fixed layer that standardizes features [views, N, D].
+    """Return a trainable copy of the classifier, preceded by a fixed layer that standardizes features [views, N, D].
 
     The scales of raw features differ by orders of magnitude, and no single learning rate suits them all. For a
     classifier without bias (maxvit_t) only the scale is standardized. `fold_standardization` removes the layer after
@@ -849,7 +857,7 @@ def standardized_head(classifier: torch.nn.Linear, features: torch.Tensor) -> to
 
 
 def fold_standardization(head: torch.nn.Sequential, classifier: torch.nn.Linear) -> None:
-    """Write the weights of a standardized head into a plain classifier, which then is the same function."""
+    """Write the weights of a standardized head into a plain classifier, so that it computes the same function."""
     standardize, linear = head
     tensors = standardize.running_mean, standardize.running_var, linear.weight
     mean, var, weight = (tensor.detach().cpu().double() for tensor in tensors)
@@ -861,9 +869,10 @@ def fold_standardization(head: torch.nn.Sequential, classifier: torch.nn.Linear)
 
 
 class LinearProbes:
-    """Linear classifiers that learn side by side from the same features, as one wide layer; implements `Learner`.
+    """Linear classifiers that learn side by side from the same features; implements `Learner`.
 
-    64 of them cost little more than one.
+    As each head is one Linear layer behind the same standardization, all are computed as one wide layer: 64 of them
+    cost little more than one.
     """
 
     distributed = False
@@ -896,7 +905,7 @@ class LinearProbes:
         return logits.unflatten(1, (len(active), linear.out_features))
 
     def clip_gradients(self) -> None:
-        """Do nothing: probes do not need it."""
+        """Do nothing: only fine-tuning clips gradients."""
 
     def eval_batches(self, split: str, active: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         features, targets = self.data[split]
@@ -928,7 +937,9 @@ def tune(
         lr, length = base.lr * 10 ** (2 * rate - 1), math.ceil(base.epochs / 2 ** int(3 * epochs))
         candidates.append(HParams(lr, 10 ** (4 * decay - 6), 0.05 * int(3 * smoothing), length))
     start = time.monotonic()
-    options = replace(options, deadline=start + (options.deadline - start) * 2 / 3)  # the rest is for the training
+    options = replace(
+        options, deadline=start + (options.deadline - start) * 2 / 3
+    )  # the last third is for the final training
     probes = LinearProbes(head, data, options, count)
     runs = fit(probes, [Run(hparams, options.seed) for hparams in candidates], ["val"], options)
     winner = max(range(count), key=lambda index: selection_key(runs[index].best))
@@ -984,7 +995,7 @@ class Augmentation:
     """How training images are augmented while a network is fine-tuned."""
 
     views: Sequence[View]  # one of which is drawn for each image
-    strong: bool  # whether to add strong augmentation
+    strong: bool  # whether to add the strong augmentation of `augment_batch`
     num_classes: int
 
 
@@ -996,17 +1007,17 @@ def finetune(
     unfinished: UnfinishedRun | None,
     deadline: float,
 ) -> tuple[list[Run], float]:
-    """Train the classifier alone, then the network (or its last stage) with it: the run, and the temperature for --tta.
+    """Train the classifier, then the network or its last stage with it; return the run and the temperature for --tta.
 
-    The network receives the best weights. All processes take part.
+    The best weights are written into the model. All processes take part.
     """
     hparams = HParams(args.lr, args.weight_decay, args.label_smoothing, args.epochs)
     options = train_options(args, deadline)
     augmentation = Augmentation(VIEWS[args.augment], args.strong, len(dataset.classes))
     requests = [FeatureRequest(split, VIEWS["none"]) for split in dataset.splits.values()]
     features = extract_features(model, requests, open_cache(model, args), args.out, args.workers)
-    short = replace(hparams, epochs=PROBE_EPOCHS)
-    head, before = broadcast_from_rank0(lambda: train_first_head(model, dataset, features, short, options))
+    probe_hparams = replace(hparams, epochs=PROBE_EPOCHS)
+    head, probe_epoch = broadcast_from_rank0(lambda: train_head_alone(model, dataset, features, probe_hparams, options))
     del features
     learner = FineTuner(
         *(model, head, dataset, options, augmentation, args.finetune, args.backbone_lr, args.clip_norm),
@@ -1021,10 +1032,10 @@ def finetune(
         batches = f"batches of {args.batch_size} images of {model.preprocessing['size']} pixels"
         raise UserError(f"not enough memory on {model.device} for {batches}: try {advice}") from None
     best = runs[0].best
-    if "val" in dataset.splits and selection_key(best) < selection_key(before):
+    if "val" in dataset.splits and selection_key(best) < selection_key(probe_epoch):
         log(
-            "warning: no epoch of fine-tuning is better on val than the classifier alone; the best of them is saved "
-            "nevertheless. Try more --epochs, another --backbone-lr, or --finetune head"
+            "warning: no epoch of fine-tuning is better on val than the classifier alone; the best fine-tuned epoch "
+            "is saved anyway. Try more --epochs, another --backbone-lr, or --finetune head"
         )
     learner.load_state_dict(best.weights)
     trained = learner.updated_model()
@@ -1037,10 +1048,10 @@ def finetune(
     return runs, calibrate_views(trained, features[0], sample.targets) if features else 1.0
 
 
-def train_first_head(
+def train_head_alone(
     model: InferenceModel, dataset: Dataset, features: list[torch.Tensor], hparams: HParams, options: TrainOptions
 ) -> tuple[torch.nn.Sequential, Epoch]:
-    """Train the classifier on the frozen network's features, as the start of fine-tuning."""
+    """Train the classifier on the frozen network's features, as the starting point of fine-tuning."""
     data = label_features(dataset, features, model.device)
     head = standardized_head(model.head, data["train"].features)
     options = replace(options, patience=None, deadline=math.inf)
@@ -1057,7 +1068,7 @@ def build_network(backbone: torch.nn.Module, head: torch.nn.Module, dtype: torch
     The backbone computes in `dtype` where autocast allows it, the classifier in float32.
     """
 
-    class FineTunedNetwork(torch.nn.Module):  # defined in here, because torch is imported late
+    class FineTunedNetwork(torch.nn.Module):  # defined inside the function, because torch is imported lazily
         def __init__(self) -> None:
             super().__init__()
             self.backbone, self.head = backbone, head
@@ -1073,7 +1084,8 @@ def build_network(backbone: torch.nn.Module, head: torch.nn.Module, dtype: torch
 class FineTuner:
     """The network, or its last stage, with its classifier, trained on images; implements `Learner`.
 
-    It is evaluated by the fast path of an inference model.
+    `network` is what is trained, and `parallel_network` the same in parallel and compiled; `model` is the inference
+    model with which it is evaluated.
     """
 
     distributed = True
@@ -1093,13 +1105,14 @@ class FineTuner:
     ) -> None:
         """Prepare to train the last stage (mode "last") or all of the network.
 
-        `learn_statistics` is for a network with random weights: its BatchNorm learns statistics too.
+        `learn_statistics` is for a network with random weights: its BatchNorm layers also update their running
+        statistics.
         """
         self.device, self.augmentation, self.seed = model.device, augmentation, options.seed
         self.backbone_lr, self.clip_norm = backbone_lr, clip_norm
         self.targets = {name: split.targets.to(self.device) for name, split in dataset.splits.items()}
         count = len(dataset.splits["train"])
-        # No process has an empty step.
+        # Every process gets at least one image per step.
         self.steps_per_epoch = min(math.ceil(count / options.batch_size), max(1, count // WORLD_SIZE))
         self.pixels = PixelStore(dataset.splits, model, workers)
         # Not compiled, since its weights change after every epoch.
@@ -1139,7 +1152,7 @@ class FineTuner:
         targets = self.targets["train"]
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch, "order"))
         order = torch.randperm(len(targets), generator=generator)
-        # All at once: a GPU would have to wait if the indices of each step were sent to it.
+        # All indices are sent at once, because sending those of each step would synchronize the GPU.
         steps = order.to(self.device).tensor_split(self.steps_per_epoch)
         own = [rows[RANK::WORLD_SIZE] for rows in steps]
         torch.manual_seed(epoch_seed(self.seed, epoch, f"process {RANK}"))  # for dropout and augmentation
@@ -1168,7 +1181,7 @@ class FineTuner:
         return self.model
 
     def eval_batches(self, split: str, active: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield this process's share of the images, of train only a sample."""
+        """Yield this process's part of the images; for train, only of a sample."""
         model, targets = self.updated_model(), self.targets[split]
         every = math.ceil(len(targets) / TRAIN_SAMPLE) if split == "train" else 1
         rows = torch.arange(0, len(targets), every, device=self.device)[RANK::WORLD_SIZE]
@@ -1197,10 +1210,10 @@ def log_trainable(backbone: torch.nn.Module, names: list[str]) -> None:
 def last_stage_modules(backbone: torch.nn.Module, size: int) -> list[str]:
     """Return the names of the modules of a network's last stage, in the order in which they run.
 
-    A stage is a row of modules that work at one resolution: the last one begins with the first module whose output has
-    the smallest side and whose input has that side or the next larger one; modules that span more are looked into. It
-    ends with the network. Where the maps do not shrink (vision transformers) it is the last quarter of the longest row
-    of equal blocks, and what follows.
+    A stage is a sequence of modules that work at one resolution. The last stage begins with the first module whose
+    output map has the smallest side of all and whose input map has that side or the next larger one (a module that
+    covers more resolutions is replaced by its children), and ends with the network. If the maps do not shrink (vision
+    transformers), it is the last quarter of the longest sequence of equal blocks, and what follows.
     """
     started: list[str] = []
     sides: dict[str, tuple[int | None, int | None]] = {}  # of the input and output maps of modules with weights
@@ -1227,7 +1240,9 @@ def last_stage_modules(backbone: torch.nn.Module, size: int) -> list[str]:
     for hook in hooks:
         hook.remove()
     layers = [name for name in sides if any(True for _ in backbone.get_submodule(name).parameters(recurse=False))]
-    smallest = sorted({sides[name][1] for name in layers} - {None, 1})[:2]  # 1: squeeze and excitation
+    smallest = sorted({sides[name][1] for name in layers} - {None, 1})[
+        :2
+    ]  # maps of 1x1 come from squeeze-and-excitation
     stage = (name for name in started if sides.get(name, (0, 0))[0] in smallest and sides[name][1] == smallest[0])
     first = next(stage, None)
     if first is None or len(smallest) < 2:
@@ -1242,13 +1257,13 @@ def last_stage_modules(backbone: torch.nn.Module, size: int) -> list[str]:
 
 
 class PixelStore:
-    """The pixels of all splits: on the device, at the size of the files, if they fit; otherwise read every time."""
+    """The pixels of all splits, kept on the device at the resolution of the files; read in each pass if too large."""
 
     def __init__(self, splits: dict[str, Split], model: InferenceModel, workers: int | None) -> None:
         self.splits, self.preprocessing, self.device = splits, model.preprocessing, model.device
         self.batch_size, self.workers = model.batch_size, workers
         if workers is None and self.device.type == "cpu":
-            self.workers = max(1, (os.cpu_count() or 1) // 4)  # the other cores compute
+            self.workers = max(1, (os.cpu_count() or 1) // 4)  # leave the other cores for the computation
         self.resident: dict[str, torch.Tensor] = {}  # uint8 [N, 3, s, s] of each split
         with ThreadPoolExecutor(reader_threads(workers)) as executor:
             paths = [path for split in splits.values() for path in split.paths]
@@ -1257,7 +1272,7 @@ class PixelStore:
         side = size
         if len(sides) == 1 and self.device.type != "mps":  # MPS lacks this resize in older versions of torch
             side = min(sides.pop(), size)
-        # A GPU resizes with other rounding than the CPU, so it resizes what is trained on, but not what is measured.
+        # GPU and CPU round differently when they resize, so the images to be evaluated are always resized on the CPU.
         stored = {name: size if self.device.type == "cuda" and name != "train" else side for name in splits}
         room = usable_memory() / processes
         if self.device.type == "cuda":
@@ -1312,26 +1327,27 @@ def augment_batch(
     """Augment uint8 pixels [B, 3, S, S] with class indices [B]: normalized images, and indices or probabilities [B, C].
 
     Each image is turned into one of the views, drawn at random. Strong augmentation adds TrivialAugmentWide (Mueller
-    and Hutter, ICCV 2021), random erasing (Zhong et al., AAAI 2020) of a quarter of the images, and CutMix (Yun et al.,
-    ICCV 2019) or MixUp (Zhang et al., ICLR 2018) of the batch. To add a transform of pixels, put it beside
-    TrivialAugmentWide; of normalized images, beside random erasing. Both are drawn for a sixteenth of the batch, which
-    is in random order.
+    and Hutter, ICCV 2021), random erasing (Zhong et al., AAAI 2020) with probability 1/4, and CutMix (Yun et al., ICCV
+    2019) or MixUp (Zhang et al., ICLR 2018) of the batch. The batch is cut into STRONG_PARTS parts, whose images share
+    the draws of the first two; as batches are shuffled, the parts differ in each epoch. To add a transform, put it into
+    one of the two lists below, and name it in AUGMENT_HELP.
     """
     views = torch.tensor(augmentation.views)
     turns, mirrored = views[torch.randint(len(views), (len(pixels),))].unbind(1)
+    # Mirror first; then a quarter turn if their number is odd, then a half turn: three selections serve all views.
     for chosen, view in ((mirrored > 0, (0, True)), (turns % 2 > 0, (1, False)), (turns > 1, (2, False))):
         if chosen.any():
             mask = to_device(chosen, pixels.device)[:, None, None, None]
             pixels = torch.where(mask, apply_view(pixels, view), pixels)
     if not augmentation.strong:
         return normalize(pixels), targets
-    trivial_augment = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
-    random_erasing = v2.RandomErasing(p=0.25)
-    classes = {"num_classes": augmentation.num_classes}
-    mix = v2.RandomChoice([v2.CutMix(**classes), v2.MixUp(alpha=0.2, **classes)])
-    chunk = math.ceil(len(pixels) / STRONG_CHUNKS)
-    images = normalize(torch.cat([trivial_augment(part) for part in pixels.split(chunk)]))
-    images = torch.cat([random_erasing(part) for part in images.split(chunk)])
+    pixel_transforms = v2.Compose([v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)])
+    image_transforms = v2.Compose([v2.RandomErasing(p=0.25)])  # of normalized images
+    options = {"num_classes": augmentation.num_classes}
+    mix = v2.RandomChoice([v2.CutMix(**options), v2.MixUp(alpha=0.2, **options)])
+    size = math.ceil(len(pixels) / STRONG_PARTS)
+    images = normalize(torch.cat([pixel_transforms(part) for part in pixels.split(size)]))
+    images = torch.cat([image_transforms(part) for part in images.split(size)])
     return mix(images, targets)
 
 
@@ -1343,11 +1359,11 @@ class RunFiles:
     """The files in the output folder of a run: model.pt, history.csv and last.pt."""
 
     folder: Path
-    settings: dict  # all that shapes the result, see `run_settings`
-    live_history: bool  # whether history.csv follows the run under way; not if the old model.pt may be kept
+    settings: dict  # everything that affects the result, see `run_settings`
+    live_history: bool  # whether to write history.csv after each epoch; not with --only-if-better
 
     def record_epoch(self, completed: list[Run], run: Run, epoch: Epoch, optimizer: dict, weights: dict) -> None:
-        """Log an epoch, and save the state of its run after it; `completed` are the runs of earlier seeds."""
+        """Log an epoch, and save the state of the run; `completed` are the runs of earlier seeds."""
         row, notes = epoch.row, ""
         if row["val_loss"] is not None:
             best = "  best so far" if run.best.row["epoch"] == row["epoch"] else ""
@@ -1360,11 +1376,11 @@ class RunFiles:
             self.write_last({**state, "optimizer": optimizer, "weights": weights, "finished": False})
 
     def publish(self, checkpoint: dict, run: Run, tuned: bool) -> None:
-        """Replace model.pt by the finished model, and what belongs to it."""
+        """Replace model.pt and history.csv by those of the finished model."""
         with defer_signals():
             write_torch_file(self.folder / "model.pt", checkpoint)
             self.write_history(run)
-            for stale in ("tune.csv", "tune.png") if not tuned else ():  # of an earlier model
+            for stale in ("tune.csv", "tune.png") if not tuned else ():  # left behind by an earlier model
                 (self.folder / stale).unlink(missing_ok=True)
 
     def write_history(self, run: Run) -> None:
@@ -1372,8 +1388,8 @@ class RunFiles:
         write_csv(self.folder / "history.csv", HISTORY_FIELDS, rows)
 
     def write_last(self, state: dict) -> None:
-        head = {"format": RUN_FORMAT, "version": RUN_VERSION, "settings": self.settings}
-        write_torch_file(self.folder / "last.pt", head | state)
+        header = {"format": RUN_FORMAT, "version": RUN_VERSION, "settings": self.settings}
+        write_torch_file(self.folder / "last.pt", header | state)
 
 
 def write_torch_file(path: Path, content: dict) -> None:
@@ -1419,8 +1435,10 @@ def summarize_seeds(runs: Sequence[Run]) -> dict:
         return {}
     best = best_run(runs)
     summary = {"seeds": len(runs), "best_seed": best.seed}
-    selected = "is the best on val" if best.best.row["val_acc"] is not None else "is the last: there is no val"
-    log(f"the saved model, of seed {best.seed}, {selected}")
+    if best.best.row["val_acc"] is None:
+        log(f"there is no val to choose on: the saved model is that of seed {best.seed}")
+    else:
+        log(f"the saved model is that of seed {best.seed}, the best on val")
     for split in ("val", "test"):
         values = [run.best.row[f"{split}_acc"] for run in runs]
         if None not in values:

@@ -164,7 +164,7 @@ def test_names_of_models_differ(tmp_path):
 def test_pictures_show_at_most_40_classes(tmp_path):
     model = random_model(60, 900)
     confusion = model.predictions.confusion
-    chosen, note = evaluate.most_confused_classes(confusion)
+    chosen, note = evaluate.classes_to_show(confusion)
     wrong = confusion.clone().fill_diagonal_(0)
     mistakes = [int(wrong[number].sum() + wrong[:, number].sum()) for number in range(60)]
     assert len(chosen) == 40 and chosen == sorted(chosen) and "40 of 60" in note

@@ -15,6 +15,7 @@ import torch
 import train
 from common import UserError
 from torch import nn
+from torchvision.transforms import v2
 
 
 def random_tensor(*shape, seed=0):
@@ -280,12 +281,30 @@ def test_augmentation_draws_one_of_the_views():
         assert all(len(found) == 1 for found in drawn) and len({found[0] for found in drawn}) == len(views), name
 
 
-def test_strong_augmentation_mixes_images():
-    pixels, targets = torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8), torch.arange(32) % 4
-    augmentation = train.Augmentation(common.VIEWS["none"], True, 4)
-    images, mixed = train.augment_batch(pixels, targets, augmentation, lambda images: images / 255)
+def augment_strongly(pixels):
+    torch.manual_seed(0)
+    augmentation = train.Augmentation(views=common.VIEWS["none"], strong=True, num_classes=4)
+    return train.augment_batch(pixels, torch.arange(len(pixels)) % 4, augmentation, lambda images: images / 255)
+
+
+def test_strong_augmentation_returns_images_and_probabilities():
+    pixels = torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8)
+    images, mixed = augment_strongly(pixels)
     assert images.shape == pixels.shape and images.dtype == torch.float32
     assert torch.allclose(mixed.sum(1), torch.ones(32)) and mixed.shape == (32, 4)
+    assert (mixed.amax(1) < 1).any()  # of two classes
+
+
+@pytest.mark.parametrize("name", ["TrivialAugmentWide", "RandomErasing"])
+def test_each_strong_transform_changes_images(monkeypatch, name):
+    """Mixing equal images leaves them as they are, so a change comes from the only transform that is left."""
+    for other in {"TrivialAugmentWide", "RandomErasing"} - {name}:
+        monkeypatch.setattr(v2, other, lambda **options: nn.Identity())
+    pixels = torch.randint(1, 256, (1, 3, 16, 16), dtype=torch.uint8).expand(32, 3, 16, 16)
+    images, _ = augment_strongly(pixels)
+    assert not torch.allclose(images, pixels / 255, atol=1e-3)
+    monkeypatch.setattr(v2, name, lambda **options: nn.Identity())
+    assert torch.allclose(augment_strongly(pixels)[0], pixels / 255, atol=1e-3)
 
 
 def test_every_second_image():
