@@ -128,7 +128,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
         sys.stderr = sys.stderr or open(os.devnull, "w")
         try:
             code = main(argv) or 0
-            sys.stdout.flush()  # so that a write error is reported here, not when Python exits
+            print(end="", flush=True)  # so that a write error is reported here, not when Python exits
             return code
         except UserError as error:
             message, code = one_line(error), error.exit_code
@@ -137,7 +137,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
         except OSError as error:  # a full disk, a folder without write permission: name it
             name, code = " to ".join(str(name) for name in (error.filename, error.filename2) if name), EXIT_USAGE
             try:
-                sys.stdout.flush()
+                print(end="", flush=True)
             except OSError:  # stdout itself failed: discard what is still buffered
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 name = name or "stdout"

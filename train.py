@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         files = RunFiles(args.out, run_settings(vars(args), dataset, model), not args.only_if_better)
         if unfinished:
             check_resumable(unfinished, files.settings, args.out)
-        if args.restart and RANK == 0:  # not before all arguments have been checked
+        if args.restart and RANK == 0:  # not before all input has been read
             (args.out / "last.pt").unlink(missing_ok=True)
         old_val_acc = measure_incumbent(incumbent, dataset, device, args) if incumbent else None
         train_model = train_linear_probe if args.finetune == "head" else finetune

@@ -258,6 +258,7 @@ def test_batches_are_full_unless_paths_pause():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(trained, images):
     script = """
 import re, sys

@@ -828,7 +828,7 @@ def test_bad_trees(run, tree, tmp_path, damage, words):
         (["--arch", "densenet121", "--image-size", "1"], "--image-size 1"),
         (["--arch", "vit_b_16", "--image-size", "200"], "--image-size 200"),
         (["--image-size", "5000"], "--image-size 5000"),
-        (["--resume", "--restart"], "exclude"),
+        (["--resume", "--restart"], "--resume and --restart"),
         (["--augment", "strong"], "--finetune"),
         (["--augment", "flip", "dihedral"], "choose one"),
         (["--backbone-lr", "1e-3"], "--finetune last or all"),
