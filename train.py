@@ -980,6 +980,10 @@ def plot_tuning(path: Path, rows: list[dict], winner: dict) -> None:
                 axes.set_xscale("log")
             elif setting == "weight_decay":
                 axes.set_xscale("symlog", linthresh=1e-6)
+            if setting in ("lr", "weight_decay"):  # the default labels of these scales are mathematical text
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter("")
+                axes.tick_params(axis="x", labelsize=8)
             if measure == "val_acc":
                 axes.set_xlabel("learning rate" if setting == "lr" else setting.replace("_", " "))
             axes.grid(alpha=0.25)
