@@ -64,9 +64,9 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     fail_help = "end with exit code 4 if the accuracy of the first checkpoint is below this"
     group.add_argument("--fail-under", type=fraction, metavar="ACCURACY", help=fail_help)
     add_hardware_options(parser)
+    parser.set_defaults(command=shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)]))
     args = parser.parse_args(argv)
     args.out = args.out or args.checkpoint[0].parent / "report"
-    args.command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 

@@ -135,6 +135,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cache-limit", type=positive_float, default=20, metavar="GB", help=limit)
     add = add_hardware_options(parser).add_argument
     add("--compile", action="store_true", help="compile the network (needs a C++ compiler)")
+    parser.set_defaults(strong=False)
     args = parser.parse_args(argv)
     if args.image_size and args.image_size > MAX_IMAGE_SIZE:
         parser.error(f"--image-size {args.image_size} is above {MAX_IMAGE_SIZE}")
@@ -526,7 +527,7 @@ def fit(
     optimizer = torch.optim.AdamW(groups, fused=learner.device.type != "mps")
     runs = [replace(run, history=[]) for run in runs]
     if unfinished:
-        runs = [unfinished.run]
+        runs = [replace(unfinished.run, history=list(unfinished.run.history))]
         optimizer.load_state_dict(unfinished.optimizer)
         learner.load_state_dict(unfinished.weights)
         log(f"resumed after epoch {len(runs[0].history)}")
