@@ -350,7 +350,6 @@ def hold_lock(path: Path) -> Iterator[None]:
     process holds the lock.
     """
     created = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         file = acquire_lock(path)
         try:
@@ -368,7 +367,11 @@ def hold_lock(path: Path) -> Iterator[None]:
 def acquire_lock(path: Path) -> IO[str]:
     """Open and lock a file; closing it releases the lock. Raises LockedError if another process holds it."""
     while True:
-        file = open(path, "w")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "w")
+        except FileNotFoundError:  # another process has just removed the empty folder
+            continue
         try:
             if os.name == "nt":
                 import msvcrt
@@ -758,19 +761,25 @@ def load_pretrained(arch: str, weights: str | None, num_classes: int, image_size
     name = weights or ("IMAGENET1K_V1" if "IMAGENET1K_V1" in names else "DEFAULT")
     name = name.removeprefix(f"{entries.__name__}.")
     entry = names.get(name) or names.get("IMAGENET1K_V1") or entries.DEFAULT
-    preprocessing, state_dict = entry_preprocessing(entry), None
+    preprocessing, state_dict, transform_input = entry_preprocessing(entry), None, name != "none"
     if name in names:
         state_dict = download_weights(arch, entry)
     elif name == "none":
         log(f"warning: --weights none: {arch} has random weights; a frozen random network has poor features")
     elif Path(name).exists():
-        state_dict, preprocessing = read_weights_file(arch, Path(name), preprocessing)
+        state_dict = read_torch_file(name)
+        if is_checkpoint(state_dict):
+            checkpoint = read_checkpoint(name)
+            if checkpoint.arch != arch:
+                raise UserError(f"{name} is a {checkpoint.arch}; pass --arch {checkpoint.arch}")
+            state_dict, preprocessing = checkpoint.model.state_dict(), checkpoint.preprocessing
+            transform_input = checkpoint.model_kwargs.get("transform_input", False)
     else:
         raise UserError(f"--weights {name}: neither a file nor one of {', '.join(names)}, none")
     preprocessing = {**preprocessing, "size": image_size or preprocessing["size"]}
     kwargs = {}
     if arch in ("googlenet", "inception_v3"):  # no auxiliary classifiers; the input scale of their ImageNet weights
-        kwargs = {"aux_logits": False, "transform_input": state_dict is not None}
+        kwargs = {"aux_logits": False, "transform_input": transform_input}
     elif arch.startswith("vit_"):
         kwargs = {"image_size": preprocessing["size"]}
     torch.manual_seed(seed)
@@ -784,7 +793,8 @@ def load_pretrained(arch: str, weights: str | None, num_classes: int, image_size
         own = model.get_submodule(classifier).state_dict(prefix=f"{classifier}.")
         unused = (f"{classifier}.", "aux1.", "aux2.", "AuxLogits.")
         state_dict = {key: value for key, value in state_dict.items() if not key.startswith(unused)}
-        load_weights(model, {**state_dict, **own}, f"{arch} (choose another with --arch)", name)
+        what = f"{arch} of {preprocessing['size']} pixels" if "image_size" in kwargs else arch
+        load_weights(model, {**state_dict, **own}, f"{what} (choose another with --arch)", name)
     return Network(arch, {"num_classes": num_classes, **kwargs}, preprocessing, model)
 
 
@@ -806,31 +816,20 @@ def download_weights(arch: str, entry: Any) -> dict[str, torch.Tensor]:
         ) from None
 
 
-def read_weights_file(arch: str, path: Path, preprocessing: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """Read a state dict and its preprocessing: that of a checkpoint of train.py; otherwise the one given."""
-    content = read_torch_file(path)
-    if not is_checkpoint(content):
-        return content, preprocessing
-    checkpoint = read_checkpoint(path)
-    if checkpoint.arch != arch:
-        raise UserError(f"{path} is a {checkpoint.arch}; pass --arch {checkpoint.arch}")
-    return checkpoint.model.state_dict(), checkpoint.preprocessing
-
-
 def build_model(arch: str, model_kwargs: dict, device: str = "cpu") -> torch.nn.Module:
     """Build torchvision's model `arch` with random weights; `model_kwargs` are passed on. Raises ValueError if unknown.
 
     On the device "meta" the weights have no values, and take no time to draw: for a model that is to be loaded.
     """
     if arch not in list_architectures():  # get_model knows other kinds of models, and some download weights
-        raise ValueError(f"unknown architecture {arch}")
+        raise ValueError(f"the architecture {arch} is not supported")
     with warnings.catch_warnings():
         # googlenet, inception_v3: "the default initialization will change"
         warnings.simplefilter("ignore", FutureWarning)
         try:
             with torch.device(device):
                 return torchvision.models.get_model(arch, weights=None, **model_kwargs)
-        except NotImplementedError:  # RegNet computes its widths with tensors, which have no values on "meta"
+        except RuntimeError:  # RegNet computes its widths with tensors, which have no values on "meta"
             return torchvision.models.get_model(arch, weights=None, **model_kwargs)
 
 
@@ -917,7 +916,11 @@ class InferenceModel:
     def load_backbone(self, weights: dict[str, torch.Tensor]) -> None:
         """Replace weights of the network's backbone, given under the model's own names."""
         update_weights(self.network.model, weights)
-        self.__dict__.pop("backbone", None)  # made again when it is next used
+        self.release_backbone()
+
+    def release_backbone(self) -> None:
+        """Free the prepared backbone; it is made again when it is next used."""
+        self.__dict__.pop("backbone", None)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Turn uint8 pixels [B, 3, S, S] on any device into normalized float32 images on this model's device."""
@@ -1300,7 +1303,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         model = build_model(content["arch"], content["model_kwargs"], "meta")
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{path}: this version of torchvision cannot build its model: {one_line(error)}") from None
+        raise UserError(f"{path}: its model cannot be built here: {one_line(error)}") from None
     load_weights(model, content["state_dict"], content["arch"], path)
     fields = {key: content[key] for key in Checkpoint.__dataclass_fields__ if key != "model"}
     return Checkpoint(model=model.eval(), **fields)
@@ -1322,14 +1325,17 @@ def invalid_fields(content: dict) -> list[str]:
     if wrong := [name for name in dicts if not isinstance(content.get(name), dict)]:
         return wrong
     kwargs, preprocessing = content["model_kwargs"], content["preprocessing"]
-    classes, views = content.get("classes"), content.get("views")
+    classes, views, num_classes = content.get("classes"), content.get("views"), kwargs.get("num_classes")
     kinds = {"num_classes": int, "image_size": int, "aux_logits": bool, "transform_input": bool}
     are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     valid = {
-        "version": content.get("version") in range(1, FORMAT_VERSION + 1),
+        "version": is_number(content.get("version"), 0, FORMAT_VERSION + 1, (int,)),
         "arch": isinstance(content.get("arch"), str),
-        "classes": are_names and 0 < len(set(classes)) == len(classes) == kwargs.get("num_classes"),
-        "model_kwargs": all(kinds.get(key) is type(kwargs[key]) for key in kwargs)
+        "classes": are_names
+        and 0 < len(set(classes)) == len(classes)
+        and (type(num_classes) is not int or num_classes == len(classes)),
+        "model_kwargs": "num_classes" in kwargs
+        and all(kinds.get(key) is type(kwargs[key]) for key in kwargs)
         and is_size(kwargs.get("image_size", 1)),
         "size": is_size(preprocessing.get("size")),
         "interpolation": preprocessing.get("interpolation") in ("nearest", "nearest-exact", "bilinear", "bicubic"),
@@ -1378,7 +1384,7 @@ def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path: str 
             return "of the wrong type"
         if value.shape != own[key].shape:
             return "of the wrong shape"
-        return None if value.isfinite().all() else "with values that are not finite"
+        return None if value.to(dtype).isfinite().all() else "with values that are not finite"
 
     problems: dict[str, list[str]] = {}
     for key in {**own, **state_dict}:

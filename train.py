@@ -11,6 +11,7 @@ To train with several processes: torchrun --nproc-per-node N train.py ...
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
 import datetime
@@ -339,11 +340,11 @@ def list_tree(data: Path, needs_val: list[str]) -> tuple[list[str], dict[str, tu
 
 def log_class_sizes(data: Path, classes: list[str], listing: dict, balanced: bool) -> None:
     """Log the size of the data set, with warnings about classes without images, unequal classes and ignored folders."""
-    for split, (_, targets) in listing.items():
-        if absent := [name for index, name in enumerate(classes) if index not in set(targets)]:
+    sizes = {split: collections.Counter(targets) for split, (_, targets) in listing.items()}
+    for split, counts in sizes.items():
+        if absent := [name for index, name in enumerate(classes) if not counts[index]]:
             log(f"warning: {data / split} has no images of {', '.join(absent)}")
-    targets = listing["train"][1]
-    counts = sorted(((targets.count(index), name) for index, name in enumerate(classes)), key=lambda pair: -pair[0])
+    counts = sorted(((sizes["train"][index], name) for index, name in enumerate(classes)), key=lambda pair: -pair[0])
     if not balanced and counts[0][0] >= IMBALANCE_RATIO * counts[-1][0]:
         texts = [f"{count} {name}" for count, name in counts]
         texts = texts if len(texts) <= 20 else [*texts[:5], "...", *texts[-5:]]
@@ -353,8 +354,8 @@ def log_class_sizes(data: Path, classes: list[str], listing: dict, balanced: boo
         )
     if ignored := [name for name in class_folders(data) if name not in SPLITS]:
         log(f"warning: ignored in {data}: {', '.join(ignored)}")
-    sizes = ", ".join(f"{len(targets)} {split}" for split, (_, targets) in listing.items())
-    log(f"{data}: {len(classes)} classes, {sizes}")
+    totals = ", ".join(f"{sum(counts.values())} {split}" for split, counts in sizes.items())
+    log(f"{data}: {len(classes)} classes, {totals}")
 
 
 def read_unfinished(folder: Path, resume: bool, restart: bool) -> UnfinishedRun | None:
@@ -376,7 +377,7 @@ def read_unfinished(folder: Path, resume: bool, restart: bool) -> UnfinishedRun 
     try:
         if (content["format"], content["version"]) != (RUN_FORMAT, RUN_VERSION):
             raise ValueError
-        fields = {key: content[key] for key in ("settings", "optimizer", "weights")}
+        fields = {key: dict(content[key]) for key in ("settings", "optimizer", "weights")}
         completed = [Run.from_dict(run) for run in content["completed"]]
         unfinished = UnfinishedRun(completed=completed, run=Run.from_dict(content["run"]), **fields)
     except (LookupError, TypeError, ValueError):
@@ -569,7 +570,7 @@ def train_one_epoch(
     options: TrainOptions,
 ) -> None:
     """Train the active models for one epoch of a schedule that ends after `limit` epochs at the latest."""
-    weights = balanced_weights(learner.targets["train"]) if options.balanced else None
+    weights = balanced_weights(learner.targets["train"]).to(learner.device) if options.balanced else None
     smoothing = torch.tensor([runs[index].hparams.label_smoothing for index in active], device=learner.device)
     losses, steps = [], learner.steps_per_epoch
     for step, (inputs, targets, loss_weight) in enumerate(learner.train_batches(epoch)):
@@ -582,8 +583,10 @@ def train_one_epoch(
         learner.clip_gradients()
         optimizer.step()
         losses.append(loss.detach())
-        if len(runs) == 1 and (step % 50 == 49 or step + 1 == steps):  # reading a loss synchronizes the GPU
+        # Reading a loss synchronizes a GPU, so there it is done only now and then.
+        if len(runs) == 1 and (learner.device.type == "cpu" or step % 50 == 49 or step + 1 == steps):
             check_finite(torch.cat(losses).tolist(), epoch, optimizer)
+            losses.clear()
 
 
 def evaluate(learner: Learner, split: str, active: list[int]) -> list[Measurement]:
@@ -766,7 +769,9 @@ def train_linear_probe(
     features = extract_features(model, requests, open_cache(model, args), args.out, args.workers)
     if RANK:
         return [], 1.0  # one process is enough for a linear probe
+    sample_features = features.pop() if sample else None
     data = label_features(dataset, features, model.device)
+    del features  # on a GPU, data are copies
     head = standardized_head(model.head, data["train"].features)
     options = train_options(args, deadline)
     if unfinished:
@@ -793,7 +798,7 @@ def train_linear_probe(
     best = best_run(runs).best
     head.load_state_dict(best.weights)
     fold_standardization(head, model.head)
-    return runs, calibrate_views(model, features[-1], sample.targets) if sample else best.temperature
+    return runs, calibrate_views(model, sample_features, sample.targets) if sample else best.temperature
 
 
 def train_options(args: argparse.Namespace, deadline: float) -> TrainOptions:
@@ -1045,6 +1050,7 @@ def finetune(
     learner.load_state_dict(best.weights)
     trained = learner.updated_model()
     fold_standardization(learner.network.head, trained.head)
+    del learner  # to free memory
     sample = calibration_sample(dataset, augmentation.views)
     if not sample:
         return runs, best.temperature
@@ -1119,6 +1125,9 @@ class FineTuner:
         count = len(dataset.splits["train"])
         # Every process gets at least one image per step.
         self.steps_per_epoch = min(math.ceil(count / options.batch_size), max(1, count // WORLD_SIZE))
+        if model.compiled:
+            _ = model.backbone  # raises UserError if the compiler does not work
+        model.release_backbone()
         self.pixels = PixelStore(dataset.splits, model, workers)
         # Not compiled, since its weights change after every epoch.
         self.model = InferenceModel(model.network, model.device, model.precision)
@@ -1144,7 +1153,6 @@ class FineTuner:
         if WORLD_SIZE > 1:
             self.parallel_network = torch.nn.parallel.DistributedDataParallel(self.network)
         if model.compiled:
-            _ = model.backbone  # raises UserError if the compiler does not work
             self.parallel_network = torch.compile(self.parallel_network)
 
     def param_groups(self, hparams: Sequence[HParams]) -> list[dict]:

@@ -461,7 +461,7 @@ def test_files_that_are_not_checkpoints(run, trained, tmp_path, script, rest):
         "part": "missing or invalid classes",
         "odd": "missing or invalid classes",
         "new": "written by a newer version of this program: missing or invalid version",
-        "arch": "cannot build",
+        "arch": "cannot be built",
         "run": "pass the model.pt",
         "shape": "layer1.2.conv1.weight",
         "absent": "no such file",

@@ -543,9 +543,23 @@ def valid_checkpoint():
     }
 
 
+def test_weights_from_a_checkpoint_keep_their_input_scale(tmp_path):
+    """ImageNet weights of GoogLeNet need another input scale, and a model trained from random weights does not."""
+    network = common.load_pretrained("googlenet", "none", 2, None, 0)
+    checkpoint = {"format": common.CHECKPOINT_FORMAT, "arch": "googlenet", "model_kwargs": network.model_kwargs}
+    torch.save(valid_checkpoint() | checkpoint | {"state_dict": network.model.state_dict()}, tmp_path / "model.pt")
+    torch.save(network.model.state_dict(), tmp_path / "imagenet.pth")
+    for file, expected in (("model.pt", False), ("imagenet.pth", True)):
+        loaded = common.load_pretrained("googlenet", str(tmp_path / file), 3, None, 0)
+        assert loaded.model_kwargs == {"num_classes": 3, "aux_logits": False, "transform_input": expected}
+
+
 @pytest.mark.parametrize(
     "path, value, field",
     [
+        (["version"], torch.ones(2), "version"),
+        (["model_kwargs", "num_classes"], torch.ones(2), "model_kwargs"),
+        (["classes"], 5, "classes"),
         (["version"], 2, "version"),
         (["version"], None, "version"),
         (["arch"], 5, "arch"),
