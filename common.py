@@ -1201,7 +1201,7 @@ class FeatureCache:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is pending, a file per view. After an error (a full disk) it warns, and writes nothing more."""
+        """Write what is pending, and close the files that were read. After an error it warns and stops writing."""
         for view, pending in self.pending.items() if self.writable else ():
             buffer = io.BytesIO()
             hashes, rows = list(chain.from_iterable(hashes for hashes, _ in pending)), [rows for _, rows in pending]
@@ -1215,7 +1215,7 @@ class FeatureCache:
                 log(f"warning: features are not remembered: {folder}: {error.strerror}")
                 self.writable = False
                 break
-        self.pending, self.flushed = {}, time.monotonic()
+        self.pending, self.known, self.flushed = {}, {}, time.monotonic()
 
     def prune(self) -> None:
         """Remove the files that were not used for longest until the cache is within its limit, and report its size."""

@@ -180,14 +180,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     with lock, resume_hint(args.restart), process_group(args.device) as device:
         dataset, network, unfinished, incumbent = broadcast_from_rank0(lambda: prepare(args))
         model = InferenceModel(network, device, args.precision, args.compile)
-        files = RunFiles(args.out, run_settings(vars(args), dataset, model), not args.only_if_better)
+        cache = open_cache(model, args)
+        files = RunFiles(args.out, run_settings(vars(args), dataset, cache.key), not args.only_if_better)
         if unfinished:
             check_resumable(unfinished, files.settings, args.out)
         if args.restart and RANK == 0:  # not before all input has been read
             (args.out / "last.pt").unlink(missing_ok=True)
         old_val_acc = measure_incumbent(incumbent, dataset, device, args) if incumbent else None
         train_model = train_linear_probe if args.finetune == "head" else finetune
-        runs, temperature_tta = train_model(model, dataset, args, files, unfinished, deadline)
+        runs, temperature_tta = train_model(model, dataset, cache, args, files, unfinished, deadline)
         if RANK:
             return None  # the first process alone writes the files and the report
         run = best_run(runs)
@@ -404,7 +405,7 @@ def read_incumbent(path: Path, classes: list[str], data: Path) -> Checkpoint | N
     return incumbent
 
 
-def run_settings(arguments: dict, dataset: Dataset, model: InferenceModel) -> dict:
+def run_settings(arguments: dict, dataset: Dataset, features_key: dict) -> dict:
     """Return everything that affects the result of a run, as plain values. A run is resumed only if it is the same."""
     no_effect = "resume restart only_if_better list_archs out workers cache no_cache cache_limit compile max_minutes"
     settings = {name: value for name, value in plain_values(arguments).items() if name not in no_effect.split()}
@@ -413,7 +414,7 @@ def run_settings(arguments: dict, dataset: Dataset, model: InferenceModel) -> di
     images = []
     for name, split in dataset.splits.items():
         images += [(name, target, sha256) for target, sha256 in zip(split.targets.tolist(), split.sha256)]
-    digests = {"images": digest_of(images), "network and libraries": digest_of(feature_key(model))}
+    digests = {"images": digest_of(images), "network and libraries": digest_of(features_key)}
     return {**settings, "classes": dataset.classes, **digests}
 
 
@@ -751,6 +752,7 @@ ProbeData = dict[str, LabeledFeatures]  # of each split
 def train_linear_probe(
     model: InferenceModel,
     dataset: Dataset,
+    cache: FeatureCache,
     args: argparse.Namespace,
     files: RunFiles,
     unfinished: UnfinishedRun | None,
@@ -766,7 +768,7 @@ def train_linear_probe(
     splits = dataset.splits.items()
     requests = [FeatureRequest(split, views if name == "train" else VIEWS["none"]) for name, split in splits]
     requests += [FeatureRequest(sample, views)] if sample else []
-    features = extract_features(model, requests, open_cache(model, args), args.out, args.workers)
+    features = extract_features(model, requests, cache, args.out, args.workers)
     if RANK:
         return [], 1.0  # one process is enough for a linear probe
     sample_features = features.pop() if sample else None
@@ -1012,6 +1014,7 @@ class Augmentation:
 def finetune(
     model: InferenceModel,
     dataset: Dataset,
+    cache: FeatureCache,
     args: argparse.Namespace,
     files: RunFiles,
     unfinished: UnfinishedRun | None,
@@ -1025,7 +1028,7 @@ def finetune(
     options = train_options(args, deadline)
     augmentation = Augmentation(VIEWS[args.augment], args.strong, len(dataset.classes))
     requests = [FeatureRequest(split, VIEWS["none"]) for split in dataset.splits.values()]
-    features = extract_features(model, requests, open_cache(model, args), args.out, args.workers)
+    features = extract_features(model, requests, cache, args.out, args.workers)
     probe_hparams = replace(hparams, epochs=PROBE_EPOCHS)
     head, probe_epoch = broadcast_from_rank0(lambda: train_head_alone(model, dataset, features, probe_hparams, options))
     del features
