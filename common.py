@@ -26,6 +26,7 @@ import os
 import platform
 import signal
 import stat
+import statistics
 import struct
 import sys
 import tempfile
@@ -35,7 +36,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -415,6 +416,16 @@ def hash_images(paths: Sequence[str], workers: int | None) -> tuple[list[str], l
     return [sha256 for sha256, _ in results], [stamp for _, stamp in results]
 
 
+def short_hashes(sha256: Sequence[str]) -> torch.Tensor:
+    """Return the first 8 bytes of each SHA-256, uint8 [N, 8]: how a checkpoint remembers images."""
+    return torch.tensor(list(bytes.fromhex("".join(digest[:16] for digest in sha256))), dtype=torch.uint8).view(-1, 8)
+
+
+def are_among(sha256: Sequence[str], known: torch.Tensor) -> torch.Tensor:
+    """Return whether each image [N] is among those remembered as `short_hashes` [M, 8]: bool [N]."""
+    return torch.isin(short_hashes(sha256).view(torch.int64), known.view(torch.int64))[:, 0]
+
+
 def file_stamp(path: str) -> tuple[int, int]:
     """Return a file's size in bytes and its modification time in nanoseconds, which show whether it has changed."""
     try:
@@ -469,7 +480,12 @@ class Split:
 
     def every(self, step: int) -> Split:
         """Return every `step`-th image."""
-        return Split(self.paths[::step], self.targets[::step], self.sha256[::step], self.stamps[::step])
+        return self.select(range(0, len(self), step))
+
+    def select(self, rows: Sequence[int]) -> Split:
+        """Return the images with these numbers."""
+        paths, sha256, stamps = ([values[row] for row in rows] for values in (self.paths, self.sha256, self.stamps))
+        return Split(paths, self.targets[list(rows)], sha256, stamps)
 
 
 def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
@@ -633,6 +649,45 @@ def read_batches(
         executor.shutdown(wait=False, cancel_futures=True)
 
 
+# ---------------------------------------------------------------- statistics
+
+Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95% interval
+
+
+class Estimate(NamedTuple):
+    """A number with its 95% interval; all are None if the number is undefined, because its denominator is 0."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def cell(self) -> str:
+        """Return the text for a cell of a table."""
+        return "-" if self.value is None else f"{self.value:.4f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def text(self, spec: str) -> str:
+        """Return the text for a sentence, its numbers formatted by `spec`."""
+        return f"{self.value:{spec}} (95% interval {self.low:{spec}} to {self.high:{spec}})"
+
+
+def wilson(count: int, total: int) -> Estimate:
+    """Return the proportion count / total with Wilson's 95% score interval (Wilson, JASA 1927)."""
+    if not total:
+        return Estimate()
+    share, scale = count / total, 1 + Z * Z / total
+    middle = (share + Z * Z / (2 * total)) / scale
+    half = Z / scale * math.sqrt(share * (1 - share) / total + (Z / (2 * total)) ** 2)
+    # Exactly 0 and 1 at the ends, without rounding errors.
+    return Estimate(share, middle - half if count else 0.0, middle + half if count < total else 1.0)
+
+
+def paired_difference(only_a: int, only_b: int, n: int) -> Estimate:
+    """Return the difference of two accuracies on the same n images, with a 95% interval (Bonett and Price, 2012)."""
+    more, less = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    half = Z * math.sqrt((more + less - (more - less) ** 2) / (n + 2))
+    return Estimate((only_a - only_b) / n, more - less - half, more - less + half)
+
+
 # ---------------------------------------------------------------- processors and processes
 
 
@@ -735,6 +790,9 @@ class Network:
     model_kwargs: dict  # the arguments with which torchvision builds the model, `num_classes` among them
     preprocessing: dict  # `size` in pixels, `interpolation`, `mean` and `std` of the channels for pixels in 0..1
     model: torch.nn.Module
+    # `short_hashes` of the images with which train.py has trained the model, and on which it has chosen the epoch.
+    train_hashes: torch.Tensor = field(default_factory=lambda: short_hashes([]), kw_only=True)
+    val_hashes: torch.Tensor = field(default_factory=lambda: short_hashes([]), kw_only=True)
 
 
 def list_architectures() -> list[str]:
@@ -762,6 +820,7 @@ def load_pretrained(arch: str, weights: str | None, num_classes: int, image_size
     name = name.removeprefix(f"{entries.__name__}.")
     entry = names.get(name) or names.get("IMAGENET1K_V1") or entries.DEFAULT
     preprocessing, state_dict, transform_input = entry_preprocessing(entry), None, name != "none"
+    hashes = {}
     if name in names:
         state_dict = download_weights(arch, entry)
     elif name == "none":
@@ -774,6 +833,8 @@ def load_pretrained(arch: str, weights: str | None, num_classes: int, image_size
                 raise UserError(f"{name} is a {checkpoint.arch}; pass --arch {checkpoint.arch}")
             state_dict, preprocessing = checkpoint.model.state_dict(), checkpoint.preprocessing
             transform_input = checkpoint.model_kwargs.get("transform_input", False)
+            if checkpoint.args.get("finetune", "head") != "head":  # its backbone has seen these images
+                hashes = {"train_hashes": checkpoint.train_hashes, "val_hashes": checkpoint.val_hashes}
     else:
         raise UserError(f"--weights {name}: neither a file nor one of {', '.join(names)}, none")
     preprocessing = {**preprocessing, "size": image_size or preprocessing["size"]}
@@ -795,7 +856,7 @@ def load_pretrained(arch: str, weights: str | None, num_classes: int, image_size
         state_dict = {key: value for key, value in state_dict.items() if not key.startswith(unused)}
         what = f"{arch} of {preprocessing['size']} pixels" if "image_size" in kwargs else arch
         load_weights(model, {**state_dict, **own}, f"{what} (choose another with --arch)", name)
-    return Network(arch, {"num_classes": num_classes, **kwargs}, preprocessing, model)
+    return Network(arch, {"num_classes": num_classes, **kwargs}, preprocessing, model, **hashes)
 
 
 def entry_preprocessing(entry: Any) -> dict:
@@ -863,8 +924,8 @@ class InferenceModel:
     The network given is not changed, except that its classifier moves to the device.
     """
 
-    def __init__(self, network: Network, device: torch.device, precision: str, compiled: bool = False) -> None:
-        self.network, self.preprocessing, self.device, self.compiled = network, network.preprocessing, device, compiled
+    def __init__(self, network: Network, device: torch.device, precision: str) -> None:
+        self.network, self.preprocessing, self.device = network, network.preprocessing, device
         self.dtype = pick_precision(precision, device)  # of the backbone; the classifier computes in float32
         self.batch_size = 16 if device.type == "cpu" else 128  # 16 images keep a CPU's cores busy and its caches warm
         mean, std = (torch.tensor(self.preprocessing[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
@@ -898,13 +959,6 @@ class InferenceModel:
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = one_line(error)[:120]
                 raise UserError(f"--image-size {size}: {name} cannot take images of {size} pixels ({reason})") from None
-            if self.compiled:
-                backbone = torch.compile(backbone, dynamic=False, options={"freezing": True})
-                try:
-                    backbone(images)
-                except Exception as error:  # of many kinds; most often there is no C++ compiler
-                    reason = one_line(error)[:200]
-                    raise UserError(f"--compile does not work here, run without it: {reason}") from None
         return backbone
 
     def copy_backbone(self) -> torch.nn.Module:
@@ -944,11 +998,9 @@ class InferenceModel:
     def _forward_batch(self, pixels: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             images = self.normalize(pixels).to(self.dtype)
-            if self.compiled and len(images) < self.batch_size:  # compiled for one shape: fill up a short batch
-                images = torch.cat([images, images[:1].expand(self.batch_size - len(images), -1, -1, -1)])
             # After normalizing, which takes half the time on planar images.
             images = images.contiguous(memory_format=torch.channels_last)
-            return self.backbone(images)[: len(pixels)].float()
+            return self.backbone(images).float()
 
     def forward_head(self, features: torch.Tensor) -> torch.Tensor:
         """Run the classifier: features [B, D] -> logits [B, C], float32. Raises UserError if they are not finite."""
@@ -1296,6 +1348,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} is not a checkpoint of train.py, but {what}")
     # Earlier versions did not write all fields.
     later = {"views": VIEWS["none"], "temperature_tta": content.get("temperature"), "args": {}, "versions": {}}
+    later |= {"train_hashes": short_hashes([]), "val_hashes": short_hashes([])}
     content = later | content
     if wrong := invalid_fields(content):
         reason = f"missing or invalid {', '.join(wrong)}"
@@ -1317,6 +1370,9 @@ def invalid_fields(content: dict) -> list[str]:
 
     def is_size(value: Any) -> bool:
         return is_number(value, 0, MAX_IMAGE_SIZE + 1, (int,))
+
+    def are_hashes(value: Any) -> bool:
+        return torch.is_tensor(value) and value.dtype == torch.uint8 and value.dim() == 2 and value.shape[1] == 8
 
     def is_channels(value: Any, low: float) -> bool:
         return isinstance(value, list) and len(value) == 3 and all(is_number(number, low) for number in value)
@@ -1347,6 +1403,8 @@ def invalid_fields(content: dict) -> list[str]:
         and set(map(repr, views)) <= set(map(repr, VIEWS["dihedral"]))
         and len(views) > 0,
         "metrics": is_number(content["metrics"].get("epoch", 0)),
+        "train_hashes": are_hashes(content.get("train_hashes")),
+        "val_hashes": are_hashes(content.get("val_hashes")),
     }
     return [name for name, is_valid in valid.items() if not is_valid]
 

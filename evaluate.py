@@ -22,7 +22,6 @@ import math
 import os
 import platform
 import shlex
-import statistics
 import sys
 import tempfile
 import time
@@ -31,13 +30,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from common import EXIT_BELOW_BAR, SPLITS, TTA_HELP
-from common import Checkpoint, ImageError, InferenceModel, LazyModule, Progress, UserError, View
+from common import Checkpoint, Estimate, ImageError, InferenceModel, LazyModule, Progress, UserError, View
 from common import add_hardware_options, atomic_write, checkpoint_precision, checkpoint_views, command, fraction
-from common import hash_images, library_versions, list_split, log, make_parser, new_figure, pick_device, printable
-from common import read_batches, read_checkpoint, read_image, read_torch_file, save_figure, write_csv
+from common import hash_images, library_versions, list_split, log, make_parser, new_figure, paired_difference
+from common import pick_device, printable, read_batches, read_checkpoint, read_image, read_torch_file, save_figure
+from common import wilson, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -355,7 +355,6 @@ def make_predictions(targets: torch.Tensor, uncalibrated: torch.Tensor, calibrat
 
 # ---------------------------------------------------------------- statistics
 
-Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95% interval
 RESAMPLES, BINS = 2000, 15
 THRESHOLDS = (0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 MCNEMAR = "McNemar's exact test, two-sided"
@@ -364,22 +363,6 @@ INTERVALS = (
     f"accuracies; for all others, such as F1 and macro F1, the percentiles of a bootstrap with {RESAMPLES} resamples "
     "of the n images, which has width 0 where all resamples agree, as if nothing is wrong."
 )
-
-
-class Estimate(NamedTuple):
-    """A number with its 95% interval; all are None if the number is undefined, because its denominator is 0."""
-
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-
-    def cell(self) -> str:
-        """Return the text for a cell of a table."""
-        return "-" if self.value is None else f"{self.value:.4f} [{self.low:.3f}, {self.high:.3f}]"
-
-    def text(self, spec: str) -> str:
-        """Return the text for a sentence, its numbers formatted by `spec`."""
-        return f"{self.value:{spec}} (95% interval {self.low:{spec}} to {self.high:{spec}})"
 
 
 # To add a metric of a whole model that has an interval: add `key: label` here, where the key is its name in
@@ -416,17 +399,6 @@ def compute_metrics(candidate: Candidate, predictions: Predictions, timing: dict
         "coverage": coverage(predictions.confidence, predictions.correct),
         "confused_pairs": confused_pairs(confusion, classes),
     }
-
-
-def wilson(count: int, total: int) -> Estimate:
-    """Return the proportion count / total with Wilson's 95% score interval (Wilson, JASA 1927)."""
-    if not total:
-        return Estimate()
-    share, scale = count / total, 1 + Z * Z / total
-    middle = (share + Z * Z / (2 * total)) / scale
-    half = Z / scale * math.sqrt(share * (1 - share) / total + (Z / (2 * total)) ** 2)
-    # Exactly 0 and 1 at the ends, without rounding errors.
-    return Estimate(share, middle - half if count else 0.0, middle + half if count < total else 1.0)
 
 
 def bootstrap_counts(confusion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -530,13 +502,6 @@ def mcnemar(only_a: int, only_b: int) -> float:
     n, smaller = only_a + only_b, min(only_a, only_b)
     logs = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(smaller + 1))
     return min(1.0, 2 * sum(math.exp(log_count - n * math.log(2)) for log_count in logs))
-
-
-def paired_difference(only_a: int, only_b: int, n: int) -> Estimate:
-    """Return the difference of two accuracies on the same n images, with a 95% interval (Bonett and Price, 2012)."""
-    more, less = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
-    half = Z * math.sqrt((more + less - (more - less) ** 2) / (n + 2))
-    return Estimate((only_a - only_b) / n, more - less - half, more - less + half)
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -39,13 +39,13 @@ from common import CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, MAX_IMAGE_S
 from common import WORLD_SIZE
 from common import Checkpoint, FeatureCache, FeatureRequest, ImageError, InferenceModel, LazyModule, Network, Split
 from common import UserError, View
-from common import add_hardware_options, all_gather_list, apply_view, atomic_write, average_views, broadcast_from_rank0
-from common import check_unchanged, checkpoint_precision, class_folders, command, defer_signals, digest_of
-from common import extract_features, feature_key, fraction, hash_images, hold_lock, initialize_classifier
+from common import add_hardware_options, all_gather_list, apply_view, are_among, atomic_write, average_views
+from common import broadcast_from_rank0, check_unchanged, checkpoint_precision, class_folders, command, defer_signals
+from common import digest_of, extract_features, feature_key, fraction, hash_images, hold_lock, initialize_classifier
 from common import library_versions, list_architectures, list_split, load_pretrained, log, make_parser, new_figure
-from common import non_negative_float, pick_device, positive_float, positive_int, read_batches, read_checkpoint
-from common import read_image, read_torch_file, reader_threads, resize, rows_per_chunk, save_figure, seed_number
-from common import to_device, update_weights, usable_memory, write_csv
+from common import non_negative_float, paired_difference, pick_device, positive_float, positive_int, read_batches
+from common import read_checkpoint, read_image, read_torch_file, reader_threads, resize, rows_per_chunk, save_figure
+from common import seed_number, short_hashes, to_device, update_weights, usable_memory, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -55,10 +55,18 @@ else:
 
 IMBALANCE_RATIO = 5  # warn if the largest class has at least this many times as many images as the smallest
 CALIBRATION_SAMPLE = 1000  # at most this many val images are used to fit `temperature_tta`
-TRAIN_SAMPLE = 5000  # fine-tuning measures train_loss and train_acc on at most this many images
-PROBE_EPOCHS = 10  # of the classifier alone, before fine-tuning
+TRAIN_SAMPLE = 1000  # fine-tuning measures train_loss and train_acc on at most this many images
+TEST_ROWS = 5  # fine-tuning measures test about this many times, and at the end
+HEAD_LR = 1e-3  # default learning rate of a classifier on a frozen network, also before fine-tuning
+HEAD_STEPS, HEAD_MIN_EPOCHS = 500, 5  # default length of its training
+FINETUNE_IMAGES, FINETUNE_EPOCHS = 128_000, (3, 100)  # images that fine-tuning sees by default, and bounds of epochs
+# Default peak learning rates of a backbone with BatchNorm, and of all others (transformers, ConvNeXt).
+BATCHNORM_LR, OTHER_LR = 5e-4, 5e-5
+ALPHAS = (1, 0.75, 0.5, 0.25, 0)  # shares of fine-tuning that are tried after it; of equal ones the first is kept
 STRONG_PARTS = 16  # parts of a batch; the images of a part share one draw of strong augmentation
-RUN_VERSION = 2  # format version of last.pt
+TEMPERATURE_PRIOR = 0.5  # standard deviation of the prior of log(temperature)
+MIX_MIN_IMAGES = 20_000  # with fewer training images, CutMix and MixUp do harm (Kolesnikov et al., ECCV 2020)
+RUN_VERSION = 3  # format version of last.pt
 HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")), "seconds"]
 
 
@@ -72,11 +80,20 @@ WEIGHTS_HELP = (
 AUGMENT_HELP = (
     "views of each training image, one of them drawn per epoch. none: the image as it is; flip: also its mirror image "
     "(for photographs); dihedral: all flips and quarter turns (for images from above). strong (only with --finetune "
-    "last or all; alone it implies flip) adds TrivialAugmentWide, random erasing, and CutMix or MixUp"
+    "last or all; alone it implies flip) adds TrivialAugmentWide and random erasing, with flip also random crops, and "
+    "from 20,000 training images on CutMix or MixUp in half of the batches"
 )
 FINETUNE_HELP = (
     "head: train only the new classifier; last: also the network's last stage; all: the whole network. The classifier "
     "is trained alone first (Kumar et al., ICLR 2022). Pre-trained BatchNorm keeps its statistics"
+)
+ONLY_IF_BETTER_HELP = (
+    "keep the model.pt in OUT, and exit with code 5, if its calibrated loss on val is lower than the new model's: a "
+    "comparison on the images of val, within their noise"
+)
+EPOCHS_HELP = (
+    f"passes over the training images (default: enough for {HEAD_STEPS} steps, at least {HEAD_MIN_EPOCHS}; with "
+    f"--finetune last or all enough for {FINETUNE_IMAGES:,} images, {FINETUNE_EPOCHS[0]} to {FINETUNE_EPOCHS[1]})"
 )
 TUNE_HELP = (
     "try N settings of learning rate, weight decay, label smoothing and epochs (up to --epochs) side by side, then "
@@ -92,29 +109,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="output folder (default: runs/<name of the data folder>)")
     add("--resume", action="store_true", help="continue the unfinished run in OUT, if there is one")
     add("--restart", action="store_true", help="discard the unfinished run in OUT and start again")
-    better = "keep the model.pt in OUT, and exit with code 5, if its accuracy on val is higher than the new model's"
-    add("--only-if-better", action="store_true", help=better)
+    add("--only-if-better", action="store_true", help=ONLY_IF_BETTER_HELP)
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="resnet50", help="a torchvision classification model")
     add("--list-archs", action="store_true", help="print the names that --arch takes, and exit")
     add("--weights", metavar="NAME", help=WEIGHTS_HELP)
     add("--image-size", type=positive_int, metavar="PIXELS", help="side of the input (default: that of the weights)")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive_int, default=5, metavar="N", help="passes over the training images")
+    add("--epochs", type=positive_int, metavar="N", help=EPOCHS_HELP)
     add("--batch-size", type=positive_int, default=64, metavar="N", help="images per optimizer step")
-    add("--lr", type=positive_float, default=1e-3, metavar="RATE", help="peak learning rate, with cosine decay to 0")
-    add(
-        "--warmup",
-        type=non_negative_float,
-        default=0,
-        metavar="EPOCHS",
-        help="linear warm-up, at most half of the schedule",
-    )
+    lr = f"peak learning rate of the classifier, with cosine decay to 0 (default: {HEAD_LR:g}; that of --backbone-lr "
+    add("--lr", type=positive_float, metavar="RATE", help=lr + "when fine-tuning)")
+    warmup = "linear warm-up, at most half of the schedule (default: 0; a tenth of the schedule when fine-tuning)"
+    add("--warmup", type=non_negative_float, metavar="EPOCHS", help=warmup)
     decay = "decoupled weight decay (AdamW; with 0 it is Adam), not applied to biases and normalization layers"
     add("--weight-decay", type=non_negative_float, default=0, metavar="X", help=decay)
     smoothing = "share of each label that is spread over all classes"
     add("--label-smoothing", type=fraction, default=0, metavar="X", help=smoothing)
-    add("--class-weights", choices=("balanced",), help="balanced: all classes have the same total weight in the loss")
+    weights = "balanced: all classes have the same total weight in the loss, and in every choice on val"
+    add("--class-weights", choices=("balanced",), help=weights)
     add("--augment", choices=(*VIEWS, "strong"), nargs="+", default="none", help=AUGMENT_HELP)
     add("--patience", type=positive_int, metavar="N", help="stop after N epochs without improvement on val")
     minutes = "shorten the schedule to finish within M minutes; the feature pass and one epoch always complete"
@@ -122,8 +135,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=seed_number, default=0, metavar="N", help="random seed")
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--finetune", choices=("head", "last", "all"), default="head", help=FINETUNE_HELP)
-    backbone_lr = "peak learning rate of the backbone"
-    add("--backbone-lr", type=positive_float, default=1e-4, metavar="RATE", help=backbone_lr)
+    rates = f"(default: {BATCHNORM_LR:g} for networks with BatchNorm, {OTHER_LR:g} for others)"
+    add("--backbone-lr", type=positive_float, metavar="RATE", help=f"peak learning rate of the backbone {rates}")
     add("--clip-norm", type=positive_float, default=1.0, metavar="NORM", help="clip the gradient norm to this value")
     add = parser.add_argument_group("search and repetition (--finetune head)").add_argument
     add("--tune", type=positive_int, metavar="N", help=TUNE_HELP)
@@ -134,8 +147,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-cache", action="store_true", help="do not use the feature cache")
     limit = "above this size, remove the least recently used features"
     add("--cache-limit", type=positive_float, default=20, metavar="GB", help=limit)
-    add = add_hardware_options(parser).add_argument
-    add("--compile", action="store_true", help="compile the network (needs a C++ compiler)")
+    add_hardware_options(parser)
     parser.set_defaults(strong=False)
     args = parser.parse_args(argv)
     if args.image_size and args.image_size > MAX_IMAGE_SIZE:
@@ -179,23 +191,25 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     lock = hold_lock(args.out / ".lock") if RANK == 0 else contextlib.nullcontext()
     with lock, resume_hint(args.restart), process_group(args.device) as device:
         dataset, network, unfinished, incumbent = broadcast_from_rank0(lambda: prepare(args))
-        model = InferenceModel(network, device, args.precision, args.compile)
+        args = with_defaults(args, dataset, network)
+        model = InferenceModel(network, device, args.precision)
         cache = open_cache(model, args)
         files = RunFiles(args.out, run_settings(vars(args), dataset, cache.key), not args.only_if_better)
         if unfinished:
             check_resumable(unfinished, files.settings, args.out)
         if args.restart and RANK == 0:  # not before all input has been read
             (args.out / "last.pt").unlink(missing_ok=True)
-        old_val_acc = measure_incumbent(incumbent, dataset, device, args) if incumbent else None
+        old = measure_incumbent(incumbent, dataset, device, args) if incumbent else None
         train_model = train_linear_probe if args.finetune == "head" else finetune
         runs, temperature_tta = train_model(model, dataset, cache, args, files, unfinished, deadline)
+        new = measure_on_val(model, dataset, dataset.classes, incumbent.val, args) if incumbent else None
         if RANK:
             return None  # the first process alone writes the files and the report
         run = best_run(runs)
         row = run.best.row
-        better = old_val_acc is None or row["val_acc"] >= old_val_acc
+        better = new is None or new.calibrated_nll <= old.calibrated_nll
         if better:
-            files.publish(checkpoint_content(model, dataset.classes, run, temperature_tta, vars(args)), run, args.tune)
+            files.publish(checkpoint_content(model, dataset, run, temperature_tta, vars(args)), run, args.tune)
         files.write_last({"finished": True})
     report = {
         "model": str(args.out / "model.pt"),
@@ -206,14 +220,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         **{f"{split}_acc": row[f"{split}_acc"] for split in SPLITS},
         **summarize_seeds(runs),
         **({"tuned": asdict(run.hparams)} if args.tune else {}),
-        **({"kept_old": not better, "old_val_acc": old_val_acc} if args.only_if_better else {}),
+        **({"alpha": row["alpha"]} if "alpha" in row else {}),
+        **(compare_with_incumbent(old, new, run, better, args.out / "model.pt") if args.only_if_better else {}),
         "seconds": round(time.monotonic() - start, 1),
     }
     print(json.dumps(report))
-    if better:
-        return None
-    log(f"kept the old {args.out / 'model.pt'}: val accuracy {old_val_acc:.4f}; the new model has {row['val_acc']:.4f}")
-    return EXIT_KEPT_OLD
+    return None if better else EXIT_KEPT_OLD
 
 
 @contextlib.contextmanager
@@ -301,7 +313,15 @@ class UnfinishedRun:
     weights: dict  # the learner's state dict after that epoch
 
 
-def prepare(args: argparse.Namespace) -> tuple[Dataset, Network, UnfinishedRun | None, Checkpoint | None]:
+@dataclass
+class Incumbent:
+    """The model in OUT with which --only-if-better compares, and the val images on which it can be compared."""
+
+    checkpoint: Checkpoint
+    val: Split
+
+
+def prepare(args: argparse.Namespace) -> tuple[Dataset, Network, UnfinishedRun | None, Incumbent | None]:
     """Read all input: the tree, the pre-trained network, the unfinished run, and the model to compare with."""
     needs_val = [name for name in ("tune", "patience", "only_if_better") if getattr(args, name)]
     classes, listing = list_tree(args.data, [f"--{name.replace('_', '-')}" for name in needs_val])
@@ -309,12 +329,72 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, Network, UnfinishedRun |
     for leftover in args.out.glob(".*.tmp"):  # left behind by a killed run
         leftover.unlink()
     unfinished = read_unfinished(args.out, args.resume, args.restart)
-    incumbent = read_incumbent(args.out / "model.pt", classes, args.data) if args.only_if_better else None
+    old = read_incumbent(args.out / "model.pt", classes, args.data) if args.only_if_better else None
     network = load_pretrained(args.arch, args.weights, len(classes), args.image_size, args.seed)
     splits = {}
     for name, (paths, targets) in listing.items():
         splits[name] = Split(paths, torch.tensor(targets), *hash_images(paths, args.workers))
+    warn_of_shared_images(splits)
+    incumbent = Incumbent(old, unseen_images(splits["val"], old, args.out / "model.pt")) if old else None
     return Dataset(classes, splits), network, unfinished, incumbent
+
+
+def with_defaults(args: argparse.Namespace, dataset: Dataset, network: Network) -> argparse.Namespace:
+    """Return the arguments with the defaults that depend on the data and the network, and log how they were chosen."""
+    count, defaults = len(dataset.splits["train"]), {}
+    if args.finetune == "head":
+        defaults = {"epochs": head_epochs(count, args.batch_size), "lr": HEAD_LR, "warmup": 0.0}
+        reason = f"{HEAD_STEPS} steps of {args.batch_size} images, at least {HEAD_MIN_EPOCHS} epochs"
+    else:
+        with_norm = any(map(is_batchnorm, network.model.modules()))
+        low, high = FINETUNE_EPOCHS
+        defaults["epochs"] = min(max(round(FINETUNE_IMAGES / count), low), high)
+        reason = f"{FINETUNE_IMAGES:,} images in all, within {low} to {high} epochs"
+        defaults["backbone_lr"] = args.backbone_lr or (BATCHNORM_LR if with_norm else OTHER_LR)
+        defaults["lr"] = defaults["backbone_lr"]
+        defaults["warmup"] = (args.epochs or defaults["epochs"]) / 10
+    chosen = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    if "epochs" in chosen:
+        log(f"--epochs {chosen['epochs']} by default: {reason}")
+    if "backbone_lr" in chosen:
+        log(f"--backbone-lr {chosen['backbone_lr']:g} by default: a network with{'' if with_norm else 'out'} BatchNorm")
+    return argparse.Namespace(**{**vars(args), **chosen})
+
+
+def head_epochs(count: int, batch_size: int) -> int:
+    """Return the default number of epochs of a classifier on `count` images."""
+    return max(HEAD_MIN_EPOCHS, math.ceil(HEAD_STEPS / math.ceil(count / batch_size)))
+
+
+def is_batchnorm(module: torch.nn.Module) -> bool:
+    """Return whether a module is a BatchNorm layer."""
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+
+
+def warn_of_shared_images(splits: dict[str, Split]) -> None:
+    """Log a warning if an image is, with the same content, in two splits."""
+    for (one, first), (other, second) in combinations(splits.items(), 2):
+        paths = dict(zip(first.sha256, first.paths))
+        shared = [f"{path} = {paths[key]}" for path, key in zip(second.paths, second.sha256) if key in paths]
+        if shared:
+            log(
+                f"warning: {len(shared)} of {len(second)} images of {other} are also in {one}, so its accuracy will be "
+                f"too high; prepare_data.py keeps equal images in one split ({', '.join(shared[:3])})"
+            )
+
+
+def unseen_images(val: Split, old: Checkpoint, path: Path) -> Split:
+    """Return the val images on which a model was not trained. Raises UserError if they are fewer than half."""
+    if not len(old.train_hashes):
+        log(f"--only-if-better: {path} does not say which images it was trained on; some of val may be among them")
+    rows = (~are_among(val.sha256, old.train_hashes)).nonzero()[:, 0].tolist()
+    seen = f"{path} was trained on {len(val) - len(rows)} of the {len(val)} images of val"
+    if 2 * len(rows) < len(val):
+        advice = "if the data were split again, train once without --only-if-better"
+        raise UserError(f"--only-if-better: {seen}, too many for a comparison; {advice}")
+    if len(rows) < len(val):
+        log(f"--only-if-better: {seen}, which are left out of the comparison")
+    return val.select(rows)
 
 
 def list_tree(data: Path, needs_val: list[str]) -> tuple[list[str], dict[str, tuple[list[str], list[int]]]]:
@@ -407,7 +487,7 @@ def read_incumbent(path: Path, classes: list[str], data: Path) -> Checkpoint | N
 
 def run_settings(arguments: dict, dataset: Dataset, features_key: dict) -> dict:
     """Return everything that affects the result of a run, as plain values. A run is resumed only if it is the same."""
-    no_effect = "resume restart only_if_better list_archs out workers cache no_cache cache_limit compile max_minutes"
+    no_effect = "resume restart only_if_better list_archs out workers cache no_cache cache_limit max_minutes"
     settings = {name: value for name, value in plain_values(arguments).items() if name not in no_effect.split()}
     if arguments["finetune"] != "head":
         settings["processes"] = WORLD_SIZE
@@ -431,19 +511,54 @@ def plain_values(arguments: dict) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
 
 
+class ValResult(NamedTuple):
+    """How a model does on val images."""
+
+    calibrated_nll: float  # what selects epochs, see `selection_key`
+    correct: torch.Tensor  # whether each image is classified correctly, bool [N]
+
+
 def measure_incumbent(
-    incumbent: Checkpoint, dataset: Dataset, device: torch.device, args: argparse.Namespace
-) -> float | None:
-    """Return the accuracy on val, 0..1, of the model in OUT; None in all processes but the first."""
+    incumbent: Incumbent, dataset: Dataset, device: torch.device, args: argparse.Namespace
+) -> ValResult | None:
+    """Measure the model in OUT, before training, so that an unusable one is reported now."""
     log(f"--only-if-better: measuring {args.out / 'model.pt'} on val")
-    model = InferenceModel(incumbent, device, checkpoint_precision(incumbent, args.precision))
-    val, cache = dataset.splits["val"], open_cache(model, args)
-    features = extract_features(model, [FeatureRequest(val, VIEWS["none"])], cache, args.out, args.workers)
+    checkpoint = incumbent.checkpoint
+    model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
+    return measure_on_val(model, dataset, checkpoint.classes, incumbent.val, args)
+
+
+def measure_on_val(
+    model: InferenceModel, dataset: Dataset, classes: list[str], val: Split, args: argparse.Namespace
+) -> ValResult | None:
+    """Measure a model, whose outputs are `classes`, on val images; None in all processes but the first."""
+    request = FeatureRequest(val, VIEWS["none"])
+    features = extract_features(model, [request], open_cache(model, args), args.out, args.workers)
     if RANK:
         return None
-    targets = torch.tensor([incumbent.classes.index(name) for name in dataset.classes])[val.targets]
-    predicted = model.forward_cached(features[0][0]).argmax(1).cpu()
-    return (predicted == targets).sum().item() / len(val)
+    targets = torch.tensor([classes.index(name) for name in dataset.classes])[val.targets]
+    logits, weights = model.forward_cached(features[0][0]).cpu(), class_weights(dataset, args)
+    _, loss = calibrate(logits, targets, None if weights is None else weights[val.targets])
+    return ValResult(loss, logits.argmax(1) == targets)
+
+
+def compare_with_incumbent(
+    old: ValResult | None, new: ValResult | None, run: Run, better: bool, path: Path
+) -> dict[str, Any]:
+    """Log how the new model, of this run, compares with the one in OUT; return the result with its keys in the JSON."""
+    names = ("val_loss_calibrated", "old_val_loss_calibrated", "old_val_acc")
+    if not old:
+        return {"kept_old": False, **dict(zip(names, (run.best.calibrated_nll, None, None)))}
+    n, only_new = len(old.correct), (new.correct & ~old.correct).sum().item()
+    only_old = (old.correct & ~new.correct).sum().item()
+    value, low, high = (f"{100 * share:+.2f}" for share in paired_difference(only_new, only_old, n))
+    log(
+        f"{'replaced' if better else 'kept'} the old {path}: on {n} images of val its calibrated loss is "
+        f"{old.calibrated_nll:.4f}, that of the new model {new.calibrated_nll:.4f}, whose accuracy differs by {value} "
+        f"points (95% interval {low} to {high})"
+    )
+    numbers = new.calibrated_nll, old.calibrated_nll, old.correct.double().mean().item()
+    return {"kept_old": not better, **dict(zip(names, numbers))}
 
 
 def open_cache(model: InferenceModel, args: argparse.Namespace) -> FeatureCache:
@@ -464,6 +579,7 @@ class Learner(Protocol):
     device: torch.device
     targets: dict[str, torch.Tensor]  # class indices [N] of each split, on the device
     steps_per_epoch: int
+    test_every: int  # number of epochs after which test is measured
     distributed: bool  # whether every process computes a part of each step
 
     def param_groups(self, hparams: Sequence[HParams]) -> list[dict]:
@@ -496,14 +612,15 @@ class TrainOptions:
     seed: int
     warmup: float = 0  # epochs of linear warm-up, at most half of the schedule
     patience: int | None = None  # epochs without improvement on val after which to stop
-    balanced: bool = False  # whether all classes have the same total weight in the loss
+    class_weights: torch.Tensor | None = None  # [C], of each class in the loss and in the choices on val
     deadline: float = math.inf  # the value of time.monotonic() by which to finish
 
 
 @dataclass
 class Measurement:
-    """Metrics of a model on a split: mean cross entropy in nats, accuracy in 0..1, and on val those of `calibrate`."""
+    """Metrics of a model on n images: mean cross entropy in nats, accuracy in 0..1, and on val those of `calibrate`."""
 
+    n: int
     loss: float
     acc: float
     temperature: float = 1.0
@@ -545,12 +662,13 @@ def fit(
             log(f"stopped after epoch {epoch - 1}: {reason}")
             break
         train_one_epoch(learner, optimizer, runs, active, epoch, limit, options)
-        results = {split: evaluate(learner, split, active) for split in splits}
+        skipped = "test" if epoch % learner.test_every and epoch < max(lengths) else None
+        results = {split: evaluate(learner, split, active, options) for split in splits if split != skipped}
         if len(runs) == 1:
-            check_finite([results[split][0].loss for split in splits], epoch, optimizer)
+            check_finite([measured[0].loss for measured in results.values()], epoch, optimizer)
         seconds = round(time.monotonic() - start, 3)
         for number, index in enumerate(active):
-            run, measured = runs[index], {split: results[split][number] for split in splits}
+            run, measured = runs[index], {split: results[split][number] for split in results}
             rate = run.hparams.lr * lr_factor(epoch - 1, lengths[index], options.warmup)
             latest = make_epoch(epoch, rate, measured, seconds)
             run.history.append(latest.row)
@@ -571,7 +689,7 @@ def train_one_epoch(
     options: TrainOptions,
 ) -> None:
     """Train the active models for one epoch of a schedule that ends after `limit` epochs at the latest."""
-    weights = balanced_weights(learner.targets["train"]).to(learner.device) if options.balanced else None
+    weights = None if options.class_weights is None else options.class_weights.to(learner.device)
     smoothing = torch.tensor([runs[index].hparams.label_smoothing for index in active], device=learner.device)
     losses, steps = [], learner.steps_per_epoch
     for step, (inputs, targets, loss_weight) in enumerate(learner.train_batches(epoch)):
@@ -590,8 +708,8 @@ def train_one_epoch(
             losses.clear()
 
 
-def evaluate(learner: Learner, split: str, active: list[int]) -> list[Measurement]:
-    """Measure each active model on a split."""
+def evaluate(learner: Learner, split: str, active: list[int], options: TrainOptions) -> list[Measurement]:
+    """Measure each active model on a split. Class weights affect the temperature and the loss calibrated by it."""
     losses = correct = count = 0
     kept = []
     for logits, targets in learner.eval_batches(split, active):
@@ -606,11 +724,13 @@ def evaluate(learner: Learner, split: str, active: list[int]) -> list[Measuremen
     if learner.distributed and WORLD_SIZE > 1:  # each process has measured its own share of the images
         parts, kept = all_gather_list([(losses, correct, count)]), all_gather_list(kept)
         losses, correct, count = map(sum, zip(*parts))
-    results = [Measurement(loss, acc) for loss, acc in zip((losses / count).tolist(), (correct / count).tolist())]
+    pairs = zip((losses / count).tolist(), (correct / count).tolist())
+    results = [Measurement(count, loss, acc) for loss, acc in pairs]
     if kept:
         logits, targets = (torch.cat(parts) for parts in zip(*kept))
-        pairs = zip(results, logits.unbind(1))
-        results = [Measurement(result.loss, result.acc, *calibrate(own, targets)) for result, own in pairs]
+        weights = None if options.class_weights is None else options.class_weights[targets]
+        for result, own in zip(results, logits.unbind(1)):
+            result.temperature, result.calibrated_nll = calibrate(own, targets, weights)
     return results
 
 
@@ -620,8 +740,8 @@ def make_epoch(epoch: int, rate: float, measured: dict[str, Measurement], second
     for split in SPLITS:
         row[f"{split}_loss"] = measured[split].loss if split in measured else None
         row[f"{split}_acc"] = measured[split].acc if split in measured else None
-    row["seconds"] = seconds
-    val = measured.get("val", Measurement(0, 0))
+    row |= {"seconds": seconds, "measured": {split: measurement.n for split, measurement in measured.items()}}
+    val = measured.get("val", Measurement(0, 0, 0))
     return Epoch(row, val.calibrated_nll, val.temperature)
 
 
@@ -641,15 +761,14 @@ def lr_factor(epochs: float, length: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1, (epochs - warmup) / (length - warmup))))
 
 
-def selection_key(epoch: Epoch) -> tuple[float, ...]:
+def selection_key(epoch: Epoch) -> float:
     """Return the key by which epochs, configurations and seeds are compared; the largest is the best.
 
-    It is the negated val loss at the best temperature; ties are broken by the uncalibrated one. Accuracy on a few
-    thousand images is coarse and noisy, and the plain loss penalizes what the temperature corrects (Berta et al.,
-    Rethinking early stopping: refine, then calibrate, 2025). Without val, the last epoch is the best.
+    It is the negated val loss at the best temperature, with class weights if these are used. Accuracy on a few thousand
+    images is coarse and noisy, and the plain loss penalizes what the temperature corrects (Berta et al., Rethinking
+    early stopping: refine, then calibrate, 2025). Without val, the last epoch is the best.
     """
-    row = epoch.row
-    return (row["epoch"],) if row["val_loss"] is None else (-epoch.calibrated_nll, -row["val_loss"])
+    return epoch.row["epoch"] if epoch.row["val_loss"] is None else -epoch.calibrated_nll
 
 
 def best_run(runs: Sequence[Run]) -> Run:
@@ -676,38 +795,47 @@ def cross_entropies(
     """Return the mean cross entropy [A] in nats of each of A models.
 
     Takes logits [B, A, C], class indices [B] or probabilities [B, C], the label smoothing [A] and class weights [C].
+    Each image has the weight of its own class, or the mean of the weights under its probabilities. (Those of torch's
+    cross_entropy apply to the smoothed target, so that every image would raise the probability of rare classes.)
     """
     num_classes = logits.shape[2]
     if targets.dim() == 1:
-        targets = torch.nn.functional.one_hot(targets, num_classes)
+        targets = torch.nn.functional.one_hot(targets, num_classes).to(logits.dtype)
     smoothed = targets[:, None] * (1 - smoothing[:, None]) + smoothing[:, None] / num_classes
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), smoothed.flatten(0, 1), weights, reduction="none")
-    return loss.view(logits.shape[:2]).mean(0)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), smoothed.flatten(0, 1), reduction="none")
+    loss = loss.view(logits.shape[:2])
+    return loss.mean(0) if weights is None else (loss * (targets @ weights)[:, None]).mean(0)
 
 
-def calibrate(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
-    """Return the temperature that minimizes the cross entropy of logits [N, C] / temperature, and that loss in nats.
+def calibrate(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> tuple[float, float]:
+    """Return the temperature for logits [N, C] with class indices [N], and the cross entropy in nats at it.
 
-    This is temperature scaling (Guo et al., ICML 2017). With no errors the optimal temperature is 0; return 1, and a
-    loss of 0. The loss is convex in 1 / temperature, which is optimized within 1/20..20 by Newton's method.
+    The logits are to be divided by the temperature (temperature scaling; Guo et al., ICML 2017). It minimizes the mean
+    cross entropy, with image weights [N] if given, plus the negative logarithm of a prior, divided by N: a normal
+    distribution of log(temperature) with a standard deviation of TEMPERATURE_PRIOR. Without it, few images without an
+    error would give a temperature of 0.
     """
-    logits, own = logits.double(), logits.gather(1, targets[:, None]).double()
+    logits, own = logits.double(), logits.gather(1, targets[:, None]).double()[:, 0]
     if not logits.isfinite().all():
         return 1.0, math.inf
-    if (logits.argmax(1) == targets).all():
-        return 1.0, 0.0
-    inverse_temperature = 1.0
-    for _ in range(50):
-        shares = (logits * inverse_temperature).softmax(1)
-        mean = (shares * logits).sum(1, keepdim=True)
-        slope = (mean - own).mean().item()
-        curvature = (shares * (logits - mean).square()).sum(1).mean().item()
-        before = inverse_temperature
-        inverse_temperature = min(max(before - slope / max(curvature, 1e-12), before / 2, 0.05), before * 2, 20)
-        if abs(inverse_temperature - before) < 1e-7 * before:
+    count = len(targets)
+    weights = torch.full((count,), 1 / count) if weights is None else weights / weights.sum()
+    weights, precision = weights.double(), 1 / (TEMPERATURE_PRIOR**2 * count)
+    log_inverse = 0.0  # the logarithm of 1 / temperature, optimized by Newton's method
+    for _ in range(100):
+        inverse = math.exp(log_inverse)
+        shares = (logits * inverse).softmax(1)
+        mean = (shares * logits).sum(1)
+        slope = inverse * (weights @ (mean - own)).item()
+        variance = (shares * (logits - mean[:, None]).square()).sum(1)
+        # Where the loss is concave in log_inverse, its slope is left out of the curvature, which thus stays positive.
+        curvature = inverse**2 * (weights @ variance).item() + max(slope, 0) + precision
+        step = -(slope + precision * log_inverse) / curvature
+        log_inverse += min(max(step, -0.7), 0.7)
+        if abs(step) < 1e-7:
             break
-    loss = torch.nn.functional.cross_entropy(logits * inverse_temperature, targets).item()
-    return 1 / inverse_temperature, loss
+    loss = torch.nn.functional.cross_entropy(logits * math.exp(log_inverse), targets, reduction="none")
+    return math.exp(-log_inverse), (weights @ loss).item()
 
 
 def param_groups(module: torch.nn.Module, lr: float, hparams: HParams) -> list[dict]:
@@ -775,7 +903,7 @@ def train_linear_probe(
     data = label_features(dataset, features, model.device)
     del features  # on a GPU, data are copies
     head = standardized_head(model.head, data["train"].features)
-    options = train_options(args, deadline)
+    options = train_options(args, dataset, deadline)
     if unfinished:
         hparams, runs = unfinished.run.hparams, unfinished.completed
     else:
@@ -800,13 +928,18 @@ def train_linear_probe(
     best = best_run(runs).best
     head.load_state_dict(best.weights)
     fold_standardization(head, model.head)
-    return runs, calibrate_views(model, sample_features, sample.targets) if sample else best.temperature
+    return runs, calibrate_views(model, sample_features, sample, options) if sample else best.temperature
 
 
-def train_options(args: argparse.Namespace, deadline: float) -> TrainOptions:
+def train_options(args: argparse.Namespace, dataset: Dataset, deadline: float) -> TrainOptions:
     """Return the training options of the command line."""
-    balanced = args.class_weights == "balanced"
-    return TrainOptions(args.batch_size, args.seed, args.warmup, args.patience, balanced, deadline)
+    weights = class_weights(dataset, args)
+    return TrainOptions(args.batch_size, args.seed, args.warmup, args.patience, weights, deadline)
+
+
+def class_weights(dataset: Dataset, args: argparse.Namespace) -> torch.Tensor | None:
+    """Return the class weights [C] of --class-weights, or None."""
+    return balanced_weights(dataset.splits["train"].targets) if args.class_weights == "balanced" else None
 
 
 def calibration_sample(dataset: Dataset, views: Sequence[View]) -> Split | None:
@@ -817,14 +950,15 @@ def calibration_sample(dataset: Dataset, views: Sequence[View]) -> Split | None:
     return val.every(math.ceil(len(val) / CALIBRATION_SAMPLE))
 
 
-def calibrate_views(model: InferenceModel, features: torch.Tensor, targets: torch.Tensor) -> float:
-    """Return the temperature for probabilities averaged over views: features [views, N, D], class indices [N].
+def calibrate_views(model: InferenceModel, features: torch.Tensor, sample: Split, options: TrainOptions) -> float:
+    """Return the temperature for probabilities averaged over views, from features [views, N, D] of a sample of val.
 
     The average has a temperature of its own (Rahaman and Thiery, Uncertainty quantification and deep ensembles, NeurIPS
     2021): disagreement between the views already lowers its confidence.
     """
-    temperature, _ = calibrate(average_views(model.forward_cached(view) for view in features), targets.cpu())
-    return temperature
+    weights = None if options.class_weights is None else options.class_weights[sample.targets]
+    logits = average_views(model.forward_cached(view) for view in features)
+    return calibrate(logits, sample.targets, weights)[0]
 
 
 def label_features(dataset: Dataset, features: list[torch.Tensor], device: torch.device) -> ProbeData:
@@ -884,6 +1018,7 @@ class LinearProbes:
     """
 
     distributed = False
+    test_every = 1
 
     def __init__(self, head: torch.nn.Sequential, data: ProbeData, options: TrainOptions, count: int = 1) -> None:
         self.heads = [copy.deepcopy(head) for _ in range(count)]
@@ -935,7 +1070,7 @@ def tune(
     """Train `count` configurations side by side, write tune.csv and tune.png, and return the best configuration on val.
 
     The first configuration is `base`. The others are spread evenly (a scrambled Sobol sequence) over learning rates of
-    1/10 to 10 times that of `base` and weight decays of 1e-6 to 1e-2, both logarithmic, label smoothing of 0, 0.05 and
+    1/10 to 10 times that of `base` and weight decays of 1e-2 to 1, both logarithmic, label smoothing of 0, 0.05 and
     0.1, and a quarter, a half and all of its epochs. All see the same batches.
     """
     candidates = [base]
@@ -943,7 +1078,7 @@ def tune(
     points = sampler.draw(count - 1).tolist() if count > 1 else []
     for rate, decay, smoothing, epochs in points:
         lr, length = base.lr * 10 ** (2 * rate - 1), math.ceil(base.epochs / 2 ** int(3 * epochs))
-        candidates.append(HParams(lr, 10 ** (4 * decay - 6), 0.05 * int(3 * smoothing), length))
+        candidates.append(HParams(lr, 10 ** (2 * decay - 2), 0.05 * int(3 * smoothing), length))
     start = time.monotonic()
     options = replace(
         options, deadline=start + (options.deadline - start) * 2 / 3
@@ -987,7 +1122,7 @@ def plot_tuning(path: Path, rows: list[dict], winner: dict) -> None:
             if setting == "lr":
                 axes.set_xscale("log")
             elif setting == "weight_decay":
-                axes.set_xscale("symlog", linthresh=1e-6)
+                axes.set_xscale("symlog", linthresh=1e-2)
             if setting in ("lr", "weight_decay"):  # the default labels of these scales are mathematical text
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.xaxis.set_minor_formatter("")
@@ -1007,8 +1142,10 @@ class Augmentation:
     """How training images are augmented while a network is fine-tuned."""
 
     views: Sequence[View]  # one of which is drawn for each image
-    strong: bool  # whether to add the strong augmentation of `augment_batch`
-    num_classes: int
+    strong: bool = False  # whether to add the strong augmentation of `augment_batch`
+    crop: bool = False  # whether that includes random crops
+    mix: bool = False  # whether it includes CutMix and MixUp
+    num_classes: int = 2
 
 
 def finetune(
@@ -1025,55 +1162,95 @@ def finetune(
     The best weights are written into the model. All processes take part.
     """
     hparams = HParams(args.lr, args.weight_decay, args.label_smoothing, args.epochs)
-    options = train_options(args, deadline)
-    augmentation = Augmentation(VIEWS[args.augment], args.strong, len(dataset.classes))
+    options, count = train_options(args, dataset, deadline), len(dataset.splits["train"])
+    views = VIEWS[args.augment]
+    is_photo = views != VIEWS["dihedral"]  # images from above have one scale, which crops would change
+    mix = count >= MIX_MIN_IMAGES
+    augmentation = Augmentation(views, args.strong, is_photo, mix, len(dataset.classes))
     requests = [FeatureRequest(split, VIEWS["none"]) for split in dataset.splits.values()]
     features = extract_features(model, requests, cache, args.out, args.workers)
-    probe_hparams = replace(hparams, epochs=PROBE_EPOCHS)
-    head, probe_epoch = broadcast_from_rank0(lambda: train_head_alone(model, dataset, features, probe_hparams, options))
+    probe_hparams = replace(hparams, lr=HEAD_LR, epochs=head_epochs(count, args.batch_size))
+    head = broadcast_from_rank0(lambda: train_head_alone(model, dataset, features, probe_hparams, options))
     del features
     learner = FineTuner(
         *(model, head, dataset, options, augmentation, args.finetune, args.backbone_lr, args.clip_norm),
+        test_every=math.ceil(args.epochs / TEST_ROWS),
         learn_statistics=args.weights == "none",
         workers=args.workers,
     )
+    before = learner.state_dict(0)
     save = functools.partial(files.record_epoch, []) if RANK == 0 else None
     try:
-        runs = fit(learner, [Run(hparams, args.seed)], list(dataset.splits), options, unfinished, save)
+        (run,) = fit(learner, [Run(hparams, args.seed)], list(dataset.splits), options, unfinished, save)
     except torch.OutOfMemoryError:
         advice = f"--batch-size {args.batch_size // 2}" if args.batch_size > WORLD_SIZE else "a smaller --image-size"
         batches = f"batches of {args.batch_size} images of {model.preprocessing['size']} pixels"
         raise UserError(f"not enough memory on {model.device} for {batches}: try {advice}") from None
-    best = runs[0].best
-    if "val" in dataset.splits and selection_key(best) < selection_key(probe_epoch):
-        log(
-            "warning: no epoch of fine-tuning is better on val than the classifier alone; the best fine-tuned epoch "
-            "is saved anyway. Try more --epochs, another --backbone-lr, or --finetune head"
-        )
-    learner.load_state_dict(best.weights)
+    # Between two networks with different BatchNorm statistics, those of a mixture would be unknown.
+    alphas = (1, 0) if args.weights == "none" else ALPHAS
+    run = interpolate(learner, before, run, alphas, options)
+    learner.load_state_dict(run.best.weights)
     trained = learner.updated_model()
     fold_standardization(learner.network.head, trained.head)
-    del learner  # to free memory
+    del learner, before  # to free memory
     sample = calibration_sample(dataset, augmentation.views)
     if not sample:
-        return runs, best.temperature
+        return [run], run.best.temperature
     requests, no_cache = [FeatureRequest(sample, augmentation.views)], FeatureCache(None, {})
     features = extract_features(trained, requests, no_cache, args.out, args.workers)
-    return runs, calibrate_views(trained, features[0], sample.targets) if features else 1.0
+    return [run], calibrate_views(trained, features[0], sample, options) if features else 1.0
+
+
+def interpolate(
+    learner: FineTuner, before: dict[str, torch.Tensor], run: Run, alphas: Sequence[float], options: TrainOptions
+) -> Run:
+    """Return the run with the best weights on the line from the network before fine-tuning to its best epoch.
+
+    The weights are (1 - alpha) * before + alpha * after, with the alpha that is best on val (WiSE-FT; Wortsman et al.,
+    CVPR 2022); alpha 0 is the classifier alone, so that fine-tuning never ends worse on val than it began. Without val,
+    alpha is 1. The saved epoch's row of the history gets its numbers on test, if it lacks them.
+    """
+    after = run.best.weights
+
+    def measure(alpha: float, splits: Sequence[str]) -> tuple[dict[str, torch.Tensor], Epoch]:
+        # Integers, such as the number of batches that BatchNorm has seen, cannot be interpolated.
+        weights = {
+            key: torch.lerp(before[key], value, alpha) if value.is_floating_point() else value
+            for key, value in after.items()
+        }
+        learner.load_state_dict(weights)
+        measured = {split: evaluate(learner, split, [0], options)[0] for split in splits}
+        return weights, make_epoch(run.best.row["epoch"], run.best.row["lr"], measured, run.best.row["seconds"])
+
+    alpha, splits = 1, list(learner.targets)
+    if "val" in learner.targets:
+        keys = {alpha: selection_key(measure(alpha, ["val"])[1]) for alpha in alphas}
+        alpha = max(alphas, key=keys.get)
+        losses = ", ".join(f"{alpha:g}: {-keys[alpha]:.4f}" for alpha in reversed(alphas))
+        log(f"calibrated val loss between the classifier alone (0) and fine-tuned (1): {losses}; saved: {alpha:g}")
+    history = run.history
+    if "test" in splits:
+        row = measure(1, ["test"])[1].row
+        on_test = {key: row[key] for key in ("test_loss", "test_acc")}
+        history = [other | on_test if other["epoch"] == row["epoch"] else other for other in history]
+    weights, best = measure(alpha, splits)
+    best = replace(best, row=best.row | {"alpha": alpha}, weights=weights)
+    log(f"the saved model: {format_metrics(best.row)}")
+    return replace(run, history=history, best=best)
 
 
 def train_head_alone(
     model: InferenceModel, dataset: Dataset, features: list[torch.Tensor], hparams: HParams, options: TrainOptions
-) -> tuple[torch.nn.Sequential, Epoch]:
+) -> torch.nn.Sequential:
     """Train the classifier on the frozen network's features, as the starting point of fine-tuning."""
     data = label_features(dataset, features, model.device)
     head = standardized_head(model.head, data["train"].features)
-    options = replace(options, patience=None, deadline=math.inf)
+    options = replace(options, warmup=0, patience=None, deadline=math.inf)
     splits = [split for split in data if split != "train"]
     (run,) = fit(LinearProbes(head, data, options), [Run(hparams, options.seed)], splits, options)
     log(f"the classifier alone, {hparams.epochs} epochs: {format_metrics(run.best.row)}")
     head.load_state_dict(run.best.weights)
-    return head.cpu(), replace(run.best, weights=None)
+    return head.cpu()
 
 
 def build_network(backbone: torch.nn.Module, head: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -1098,8 +1275,8 @@ def build_network(backbone: torch.nn.Module, head: torch.nn.Module, dtype: torch
 class FineTuner:
     """The network, or its last stage, with its classifier, trained on images; implements `Learner`.
 
-    `network` is what is trained, and `parallel_network` the same in parallel and compiled; `model` is the inference
-    model with which it is evaluated.
+    `network` is what is trained, and `parallel_network` the same in parallel; `model` is the inference model with which
+    it is evaluated.
     """
 
     distributed = True
@@ -1114,6 +1291,7 @@ class FineTuner:
         mode: str,
         backbone_lr: float,
         clip_norm: float,
+        test_every: int,
         learn_statistics: bool,
         workers: int | None,
     ) -> None:
@@ -1123,17 +1301,14 @@ class FineTuner:
         statistics.
         """
         self.device, self.augmentation, self.seed = model.device, augmentation, options.seed
-        self.backbone_lr, self.clip_norm = backbone_lr, clip_norm
+        self.backbone_lr, self.clip_norm, self.test_every = backbone_lr, clip_norm, test_every
         self.targets = {name: split.targets.to(self.device) for name, split in dataset.splits.items()}
         count = len(dataset.splits["train"])
         # Every process gets at least one image per step.
         self.steps_per_epoch = min(math.ceil(count / options.batch_size), max(1, count // WORLD_SIZE))
-        if model.compiled:
-            _ = model.backbone  # raises UserError if the compiler does not work
         model.release_backbone()
         self.pixels = PixelStore(dataset.splits, model, workers)
-        # Not compiled, since its weights change after every epoch.
-        self.model = InferenceModel(model.network, model.device, model.precision)
+        self.model = model
         self.model_is_current = False
         backbone = model.copy_backbone().eval().to(self.device, memory_format=torch.channels_last)
         backbone.requires_grad_(mode == "all")
@@ -1142,7 +1317,7 @@ class FineTuner:
             names = last_stage_modules(backbone, model.preprocessing["size"])
         trainable = [backbone.get_submodule(name).requires_grad_(True) for name in names]
         log_trainable(backbone, names)
-        without_norms = [m for m in trainable if not isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        without_norms = [module for module in trainable if not is_batchnorm(module)]
         # Pre-trained BatchNorm keeps its statistics: it stays in eval mode.
         self.in_train_mode = trainable if learn_statistics else without_norms
         smallest = count // self.steps_per_epoch // WORLD_SIZE
@@ -1155,8 +1330,6 @@ class FineTuner:
         self.parallel_network = self.network
         if WORLD_SIZE > 1:
             self.parallel_network = torch.nn.parallel.DistributedDataParallel(self.network)
-        if model.compiled:
-            self.parallel_network = torch.compile(self.parallel_network)
 
     def param_groups(self, hparams: Sequence[HParams]) -> list[dict]:
         (own,) = hparams
@@ -1342,11 +1515,12 @@ def augment_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Augment uint8 pixels [B, 3, S, S] with class indices [B]: normalized images, and indices or probabilities [B, C].
 
-    Each image is turned into one of the views, drawn at random. Strong augmentation adds TrivialAugmentWide (Mueller
-    and Hutter, ICCV 2021), random erasing (Zhong et al., AAAI 2020) with probability 1/4, and CutMix (Yun et al., ICCV
-    2019) or MixUp (Zhang et al., ICLR 2018) of the batch. The batch is cut into STRONG_PARTS parts, whose images share
-    the draws of the first two; as batches are shuffled, the parts differ in each epoch. To add a transform, put it into
-    one of the two lists below, and name it in AUGMENT_HELP.
+    Each image is turned into one of the views, drawn at random. Strong augmentation adds random crops of at least half
+    of the area if `crop` is set, TrivialAugmentWide (Mueller and Hutter, ICCV 2021), random erasing (Zhong et al., AAAI
+    2020) with probability 1/4, and, if `mix` is set, CutMix (Yun et al., ICCV 2019) or MixUp (Zhang et al., ICLR 2018)
+    in half of the batches. The batch is cut into STRONG_PARTS parts, whose images share the draws, except of the last
+    two; as batches are shuffled, the parts differ in each epoch. To add a transform, put it into one of the two lists
+    below, and name it in AUGMENT_HELP.
     """
     views = torch.tensor(augmentation.views)
     turns, mirrored = views[torch.randint(len(views), (len(pixels),))].unbind(1)
@@ -1357,14 +1531,32 @@ def augment_batch(
             pixels = torch.where(mask, apply_view(pixels, view), pixels)
     if not augmentation.strong:
         return normalize(pixels), targets
-    pixel_transforms = v2.Compose([v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)])
+    side = pixels.shape[-1]
+    crops = [v2.RandomResizedCrop(side, scale=(0.5, 1), antialias=True)] if augmentation.crop else []
+    pixel_transforms = v2.Compose([*crops, trivial_augment(side)])
     image_transforms = v2.Compose([v2.RandomErasing(p=0.25)])  # of normalized images
     options = {"num_classes": augmentation.num_classes}
-    mix = v2.RandomChoice([v2.CutMix(**options), v2.MixUp(alpha=0.2, **options)])
+    mix = v2.RandomApply([v2.RandomChoice([v2.CutMix(**options), v2.MixUp(alpha=0.2, **options)])], p=0.5)
     size = math.ceil(len(pixels) / STRONG_PARTS)
     images = normalize(torch.cat([pixel_transforms(part) for part in pixels.split(size)]))
     images = torch.cat([image_transforms(part) for part in images.split(size)])
-    return mix(images, targets)
+    return mix(images, targets) if augmentation.mix else (images, targets)
+
+
+def trivial_augment(side: int) -> v2.Transform:
+    """Return TrivialAugmentWide that moves images of this side by at most a seventh.
+
+    torchvision's moves them by up to 32 pixels: a seventh of 224, but half of a tile of 64.
+    """
+    transform = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
+
+    def shifts(bins: int, _height: int, _width: int) -> torch.Tensor:
+        return torch.linspace(0, side / 7, bins)
+
+    # The attribute is private, but the same from torchvision 0.21 to 0.29; a test notices if it changes.
+    bounded = dict.fromkeys(("TranslateX", "TranslateY"), (shifts, True))
+    transform._AUGMENTATION_SPACE = {**transform._AUGMENTATION_SPACE, **bounded}
+    return transform
 
 
 # ---------------------------------------------------------------- results
@@ -1417,22 +1609,27 @@ def write_torch_file(path: Path, content: dict) -> None:
 
 
 def checkpoint_content(
-    model: InferenceModel, classes: list[str], run: Run, temperature_tta: float, arguments: dict
+    model: InferenceModel, dataset: Dataset, run: Run, temperature_tta: float, arguments: dict
 ) -> dict:
     """Return the content of model.pt: everything that evaluate.py and predict.py need."""
     network, best = model.network, run.best
     args = plain_values(arguments) | asdict(run.hparams) | {"seed": run.seed, "precision": model.precision}
+    hashes = {"train_hashes": network.train_hashes, "val_hashes": network.val_hashes}  # of an earlier fine-tuning
+    for name in ("train", "val"):
+        if name in dataset.splits:
+            hashes[f"{name}_hashes"] = torch.cat([hashes[f"{name}_hashes"], short_hashes(dataset.splits[name].sha256)])
     return {
         "format": CHECKPOINT_FORMAT,
         "version": FORMAT_VERSION,
         "arch": network.arch,
         "model_kwargs": network.model_kwargs,
-        "classes": classes,
+        "classes": dataset.classes,
         "preprocessing": network.preprocessing,
         "temperature": best.temperature,
         "temperature_tta": temperature_tta,
         "views": VIEWS[arguments["augment"]],
         "metrics": best.row,
+        **hashes,
         "state_dict": network.model.cpu().state_dict(),
         "args": args,
         "versions": {"python": platform.python_version(), **library_versions()},

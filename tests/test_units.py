@@ -49,8 +49,7 @@ def test_warmup_takes_at_most_half():
 
 
 def test_selection_prefers_the_lowest_calibrated_loss():
-    worse, better, tied = make_epoch(1, 0.5, 0.6), make_epoch(2, 0.4, 0.9), make_epoch(3, 0.4, 0.8)
-    assert train.selection_key(worse) < train.selection_key(better) < train.selection_key(tied)
+    assert train.selection_key(make_epoch(1, 0.5, 0.6)) < train.selection_key(make_epoch(2, 0.4, 0.9))
 
 
 def test_selection_takes_the_last_epoch_without_val():
@@ -85,14 +84,27 @@ def test_epochs_until_a_deadline():
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0, 1.0, 3.0])])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_cross_entropies_agree_with_torch(weights, kind):
+    """Each image counts by the weight of its own class, whatever the smoothing."""
     logits, smoothing = random_tensor(12, 3, 4), torch.tensor([0.0, 0.1, 0.3])
     targets = torch.arange(12) % 4 if kind == "indices" else random_tensor(12, 4, seed=1).softmax(1)
     losses = train.cross_entropies(logits, targets, smoothing, weights)
+    image_weights = torch.ones(12)
+    if weights is not None:
+        image_weights = weights[targets] if kind == "indices" else (targets * weights).sum(1)
     for model, share in enumerate(smoothing.tolist()):
-        expected = nn.functional.cross_entropy(
-            logits[:, model], targets, weights, reduction="none", label_smoothing=share
-        )
-        assert losses[model].item() == pytest.approx(expected.mean().item(), abs=1e-6)
+        plain = nn.functional.cross_entropy(logits[:, model], targets, reduction="none", label_smoothing=share)
+        assert losses[model].item() == pytest.approx((image_weights * plain).mean().item(), abs=1e-6)
+
+
+def test_class_weights_do_not_turn_smoothing_into_rare_classes():
+    """Nine classes of 1,000 images, one of 20: a common image ends with 0.01 for the rare class, not with 0.34."""
+    weights = train.balanced_weights(torch.arange(10).repeat_interleave(torch.tensor([1000] * 9 + [20])))
+    logits = torch.zeros(1, 1, 10, requires_grad=True)
+    for _ in range(400):
+        loss = train.cross_entropies(logits, torch.tensor([0]), torch.tensor([0.1]), weights)
+        (slope,) = torch.autograd.grad(loss.sum(), logits)
+        logits = (logits - 2 * slope).detach().requires_grad_()
+    assert logits.softmax(2)[0, 0].tolist() == pytest.approx([0.91] + [0.01] * 9, abs=1e-3)
 
 
 def test_balanced_weights_give_classes_the_same_total():
@@ -138,29 +150,57 @@ def test_loss_that_is_not_finite_names_the_learning_rates():
 # ---------------------------------------------------------------- calibration
 
 
-def test_calibrate_finds_the_best_temperature():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_calibrate_finds_the_best_temperature(weighted):
+    """Compare with a search over a fine grid, with the prior of the temperature."""
     targets = torch.arange(300) % 5
-    for scale in (0.3, 1, 6):
-        logits = scale * (random_tensor(300, 5) + 1.5 * nn.functional.one_hot(targets, 5))
-        temperature, loss = train.calibrate(logits, targets)
-        grid = torch.logspace(-1.3, 1.3, 2001, dtype=torch.float64)
-        shares = (logits / grid[:, None, None]).log_softmax(2)
-        losses = -shares[:, torch.arange(300), targets].mean(1)
-        assert loss <= losses.min().item() + 1e-9
-        assert temperature == pytest.approx(grid[losses.argmin()].item(), rel=0.01)
+    weights = 1 + 9 * (targets == 0) if weighted else torch.ones(300)
+    for scale, count in ((0.3, 300), (1, 300), (6, 300), (1000, 300), (0.01, 300), (4, 20), (0.1, 20)):
+        logits = scale * (random_tensor(300, 5) + 1.5 * nn.functional.one_hot(targets, 5))[:count]
+        rows = torch.arange(count)
+        temperature, loss = train.calibrate(logits, targets[:count], weights[:count] if weighted else None)
+        grid = torch.logspace(-3, 3, 6001, dtype=torch.float64)
+        shares = (logits / grid[:, None, None]).log_softmax(2)[:, rows, targets[:count]]
+        losses = -(shares * weights[:count]).sum(1) / weights[:count].sum()
+        best = (losses + grid.log().square() / (2 * 0.5**2 * count)).argmin()
+        assert temperature == pytest.approx(grid[best].item(), rel=0.01)
+        assert loss == pytest.approx(losses[best].item(), rel=0.01)
 
 
-def test_calibrate_stays_within_its_bounds():
-    logits, targets = random_tensor(200, 3), torch.arange(200) % 3
-    overconfident, underconfident = 1000 * logits, 0.001 * (logits + 5 * nn.functional.one_hot(targets, 3))
-    assert train.calibrate(overconfident, targets)[0] == pytest.approx(20)
-    assert train.calibrate(underconfident, targets)[0] == pytest.approx(1 / 20)
+def test_temperature_of_a_tiny_val():
+    """Logits that are calibrated, so that the true temperature is 1: 30 images do not make the model too sure."""
+
+    def temperatures(count, repeats):
+        generator = torch.Generator().manual_seed(0)
+        logits = 3 * torch.randn(repeats, count, 10, generator=generator)
+        targets = torch.multinomial(logits.softmax(2).flatten(0, 1), 1, generator=generator).view(repeats, count)
+        return torch.tensor([train.calibrate(*pair)[0] for pair in zip(logits, targets)])
+
+    few = temperatures(30, 200)
+    assert 0.55 < few.min() and 0.6 < few.quantile(0.05) and few.quantile(0.95) < 1.6
+    assert temperatures(1000, 20).sub(1).abs().max() < 0.15
 
 
 def test_calibrate_without_errors_and_without_numbers():
     targets = torch.arange(3)
-    assert train.calibrate(torch.eye(3), targets) == (1.0, 0.0)
+    temperatures = [train.calibrate(scale * torch.eye(3), targets)[0] for scale in (1, 4, 16)]
+    assert 0.3 < temperatures[0] < 1 and 0.3 < min(temperatures) and temperatures[2] == pytest.approx(1, abs=0.01)
     assert train.calibrate(torch.full((3, 3), math.nan), targets) == (1.0, math.inf)
+
+
+def test_class_weights_choose_the_epoch():
+    """The calibrated loss on val has the class weights of the training; the plain loss and the accuracy do not."""
+    data = {"val": train.LabeledFeatures(features_of_many_scales(views=1), torch.arange(50) % 5 // 4)}
+    data["train"] = data["val"]
+    head = train.standardized_head(nn.Linear(6, 2), data["train"].features)
+    weights = train.balanced_weights(data["train"].targets)
+    options = train.TrainOptions(8, 0, class_weights=weights)
+    learner = train.LinearProbes(head, data, options)
+    (measured,), (plain,) = (train.evaluate(learner, "val", [0], o) for o in (options, train.TrainOptions(8, 0)))
+    logits, targets = head(data["val"].features[0]).detach(), data["val"].targets
+    assert measured.calibrated_nll == pytest.approx(train.calibrate(logits, targets, weights[targets])[1])
+    assert measured.loss == plain.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert measured.n == 50 and measured.acc == plain.acc and measured.calibrated_nll != plain.calibrated_nll
 
 
 def test_average_views_averages_probabilities():
@@ -281,30 +321,59 @@ def test_augmentation_draws_one_of_the_views():
         assert all(len(found) == 1 for found in drawn) and len({found[0] for found in drawn}) == len(views), name
 
 
-def augment_strongly(pixels):
-    torch.manual_seed(0)
-    augmentation = train.Augmentation(views=common.VIEWS["none"], strong=True, num_classes=4)
+def augment_strongly(pixels, seed=0, crop=True, mix=True):
+    torch.manual_seed(seed)
+    augmentation = train.Augmentation(common.VIEWS["none"], strong=True, crop=crop, mix=mix, num_classes=4)
     return train.augment_batch(pixels, torch.arange(len(pixels)) % 4, augmentation, lambda images: images / 255)
 
 
-def test_strong_augmentation_returns_images_and_probabilities():
-    pixels = torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8)
-    images, mixed = augment_strongly(pixels)
-    assert images.shape == pixels.shape and images.dtype == torch.float32
-    assert torch.allclose(mixed.sum(1), torch.ones(32)) and mixed.shape == (32, 4)
-    assert (mixed.amax(1) < 1).any()  # of two classes
+def test_strong_augmentation_mixes_half_of_the_batches():
+    pixels, mixed = torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8), 0
+    for seed in range(40):
+        images, targets = augment_strongly(pixels, seed)
+        assert images.shape == pixels.shape and images.dtype == torch.float32
+        if targets.dim() == 2:
+            assert torch.allclose(targets.sum(1), torch.ones(32)) and targets.shape == (32, 4)
+            mixed += bool((targets.amax(1) < 1).any())  # of two classes
+    assert 10 < mixed < 30
+    assert all(augment_strongly(pixels, seed, mix=False)[1].dim() == 1 for seed in range(10))
 
 
-@pytest.mark.parametrize("name", ["TrivialAugmentWide", "RandomErasing"])
+STRONG_TRANSFORMS = {"RandomResizedCrop", "TrivialAugmentWide", "RandomErasing"}
+
+
+@pytest.mark.parametrize("name", sorted(STRONG_TRANSFORMS))
 def test_each_strong_transform_changes_images(monkeypatch, name):
     """Mixing equal images leaves them as they are, so a change comes from the only transform that is left."""
-    for other in {"TrivialAugmentWide", "RandomErasing"} - {name}:
-        monkeypatch.setattr(v2, other, lambda **options: nn.Identity())
+    for other in STRONG_TRANSFORMS - {name}:
+        monkeypatch.setattr(v2, other, UnchangedImages)
     pixels = torch.randint(1, 256, (1, 3, 16, 16), dtype=torch.uint8).expand(32, 3, 16, 16)
     images, _ = augment_strongly(pixels)
     assert not torch.allclose(images, pixels / 255, atol=1e-3)
-    monkeypatch.setattr(v2, name, lambda **options: nn.Identity())
+    unchanged = augment_strongly(pixels, crop=False)[0]
+    assert torch.allclose(unchanged, pixels / 255, atol=1e-3) == (name == "RandomResizedCrop")
+    monkeypatch.setattr(v2, name, UnchangedImages)
     assert torch.allclose(augment_strongly(pixels)[0], pixels / 255, atol=1e-3)
+
+
+class UnchangedImages(nn.Identity):
+    """In place of a transform, with any options."""
+
+    _AUGMENTATION_SPACE = {}
+
+
+@pytest.mark.parametrize("side", [64, 224])
+def test_trivial_augment_moves_images_by_a_seventh(side):
+    """A white line across a black image is found again, at most a seventh away, whichever transform was drawn."""
+    pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    pixels[..., side // 2] = 255
+    transform, moved = train.trivial_augment(side), []
+    space = transform._AUGMENTATION_SPACE
+    transform._AUGMENTATION_SPACE = {"TranslateX": space["TranslateX"]}
+    torch.manual_seed(0)
+    for _ in range(100):
+        moved.append(abs(transform(pixels)[0, 0, side // 2].argmax().item() - side // 2))
+    assert 0.8 * side / 7 < max(moved) <= math.ceil(side / 7) and space.keys() > {"TranslateY", "Rotate", "Color"}
 
 
 def test_every_second_image():
@@ -538,6 +607,8 @@ def valid_checkpoint():
         "temperature_tta": 1.0,
         "views": [(0, False)],
         "metrics": {"epoch": 1},
+        "train_hashes": torch.zeros(3, 8, dtype=torch.uint8),
+        "val_hashes": torch.zeros(0, 8, dtype=torch.uint8),
         "args": {},
         "versions": {},
     }
@@ -583,6 +654,8 @@ def test_weights_from_a_checkpoint_keep_their_input_scale(tmp_path):
         (["views"], [(4, False)], "views"),
         (["metrics"], None, "metrics"),
         (["metrics", "epoch"], "one", "metrics"),
+        (["train_hashes"], [1, 2], "train_hashes"),
+        (["val_hashes"], torch.zeros(3, 8), "val_hashes"),
         (["args"], [], "args"),
     ],
 )
