@@ -1380,7 +1380,8 @@ def invalid_fields(content: dict) -> list[str]:
     dicts = ("model_kwargs", "preprocessing", "state_dict", "metrics", "args", "versions")
     if wrong := [name for name in dicts if not isinstance(content.get(name), dict)]:
         return wrong
-    kwargs, preprocessing = content["model_kwargs"], content["preprocessing"]
+    kwargs, preprocessing, metrics = (content[name] for name in ("model_kwargs", "preprocessing", "metrics"))
+    measured = metrics.get("measured", {})
     classes, views, num_classes = content.get("classes"), content.get("views"), kwargs.get("num_classes")
     kinds = {"num_classes": int, "image_size": int, "aux_logits": bool, "transform_input": bool}
     are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
@@ -1402,7 +1403,10 @@ def invalid_fields(content: dict) -> list[str]:
         "views": isinstance(views, list)
         and set(map(repr, views)) <= set(map(repr, VIEWS["dihedral"]))
         and len(views) > 0,
-        "metrics": is_number(content["metrics"].get("epoch", 0)),
+        "metrics": is_number(metrics.get("epoch", 0))
+        and is_number(metrics.get("alpha", 0), -1, 2)
+        and isinstance(measured, dict)
+        and all(is_number(count, 0, kinds=(int,)) for count in measured.values()),
         "train_hashes": are_hashes(content.get("train_hashes")),
         "val_hashes": are_hashes(content.get("val_hashes")),
     }

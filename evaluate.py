@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING, Any
 
 from common import EXIT_BELOW_BAR, SPLITS, TTA_HELP
 from common import Checkpoint, Estimate, ImageError, InferenceModel, LazyModule, Progress, UserError, View
-from common import add_hardware_options, atomic_write, checkpoint_precision, checkpoint_views, command, fraction
-from common import hash_images, library_versions, list_split, log, make_parser, new_figure, paired_difference
-from common import pick_device, printable, read_batches, read_checkpoint, read_image, read_torch_file, save_figure
+from common import add_hardware_options, are_among, atomic_write, checkpoint_precision, checkpoint_views, command
+from common import fraction, hash_images, library_versions, list_split, log, make_parser, new_figure, paired_difference
+from common import pick_device, printable, read_batches, read_checkpoint, read_image, save_figure
 from common import wilson, write_csv
 
 if TYPE_CHECKING:
@@ -83,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         for candidate in candidates:
             predictions, timing = classify(candidate, images, device, args.precision, args.workers)
             metrics = compute_metrics(candidate, predictions, timing)
+            metrics |= count_seen_images(candidate.checkpoint, images.hashes, predictions.correct)
+            if sentence := seen_images_sentence(metrics, images.split):
+                log(f"warning: {candidate.path}: {sentence}")
             models.append(EvaluatedModel(**vars(candidate), predictions=predictions, metrics=metrics))
         comparisons = compare_models(models)
         content = metrics_content(args, models, comparisons, histories, images)
@@ -166,8 +169,10 @@ class Candidate:
 class Images:
     """The images to classify, the same for all models."""
 
+    split: str  # the name of their folder
     paths: list[str]
     labels: list[str]  # the true class of each image
+    hashes: list[str]  # the SHA-256 of each image
     notes: list[str]  # sentences about these images that a reader of the report has to know
     sha256: str  # of the sorted lines `<class>/<SHA-256 of the image>`, which do not depend on file names
 
@@ -180,6 +185,7 @@ class History:
     name: str  # short, and different for each history
     rows: list[dict[str, float]]  # for each epoch its number and HISTORY_COLUMNS, NaN where the file has no number
     best: dict[str, float]  # the row of the best epoch
+    metrics: dict[str, Any]  # those in the model beside it; empty if there is no model
     color: str  # of its curves, if there are several histories
 
 
@@ -215,11 +221,11 @@ def read_histories(paths: list[Path] | None, candidates: list[Candidate]) -> lis
     paths = paths or list(dict.fromkeys(candidate.path.with_name("history.csv") for candidate in candidates))
     for number, (path, name) in enumerate(zip(paths, short_names(paths))):
         if path.exists():
-            rows, epoch = read_history(path), saved_epoch(path, candidates)
+            rows, metrics = read_history(path), saved_metrics(path, candidates)
             with_val = [row for row in rows if not math.isnan(row["val_loss"])]
             lowest = min(with_val, key=lambda row: row["val_loss"], default=rows[-1])
-            best = next((row for row in rows if row["epoch"] == epoch), lowest)
-            histories.append(History(path, name, rows, best, COLORS[number % len(COLORS)]))
+            best = next((row for row in rows if row["epoch"] == metrics.get("epoch")), lowest)
+            histories.append(History(path, name, rows, best, metrics, COLORS[number % len(COLORS)]))
         elif required:
             raise UserError(f"no such file: {path}")
         else:
@@ -242,14 +248,14 @@ def read_history(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def saved_epoch(history: Path, candidates: list[Candidate]) -> int | None:
-    """Return the epoch of the candidate, or else of the model.pt, beside a history; None if there is none."""
-    epochs = {c.path.resolve().with_name("history.csv"): c.checkpoint.metrics.get("epoch") for c in candidates}
+def saved_metrics(history: Path, candidates: list[Candidate]) -> dict[str, Any]:
+    """Return the metrics in the candidate, or else in the model.pt, beside a history; empty if there is none."""
+    metrics = {c.path.resolve().with_name("history.csv"): c.checkpoint.metrics for c in candidates}
     model = history.with_name("model.pt")
-    if history.resolve() not in epochs and history.name == "history.csv" and model.exists():
-        with contextlib.suppress(UserError, AttributeError):  # this model is not evaluated, so it may be damaged
-            return read_torch_file(model).get("metrics").get("epoch")
-    return epochs.get(history.resolve())
+    if history.resolve() not in metrics and history.name == "history.csv" and model.exists():
+        with contextlib.suppress(UserError):  # this model is not evaluated, so it may be damaged
+            return read_checkpoint(model).metrics
+    return metrics.get(history.resolve(), {})
 
 
 def list_images(folder: Path, candidates: list[Candidate], allow_missing: bool, workers: int | None) -> Images:
@@ -278,17 +284,18 @@ def list_images(folder: Path, candidates: list[Candidate], allow_missing: bool, 
     if folder.name in SPLIT_NOTES:
         notes.append(f"{folder}: {SPLIT_NOTES[folder.name]}")
     if absent := [name for name in all_classes if name not in known]:
-        effect = "they have no recall, and an F1 of 0 in macro F1 if an image is classified as one of them."
+        effect = "balanced accuracy omits them, and macro F1 counts 0 for them if an image is classified as one."
         notes.append(f"{folder} has no images of these classes: {', '.join(absent)}; {effect}")
     for note in notes:
         log(f"warning: {note}")
     paths, labels = map(list, zip(*((path, label) for path, label in zip(paths, labels) if label in known)))
-    return Images(paths, labels, notes, hash_split(paths, labels, workers))
+    hashes, _ = hash_images(paths, workers)
+    return Images(folder.name, paths, labels, hashes, notes, hash_split(hashes, labels))
 
 
-def hash_split(paths: list[str], labels: list[str], workers: int | None) -> str:
+def hash_split(hashes: list[str], labels: list[str]) -> str:
     """Return the SHA-256 of the sorted lines `<class>/<SHA-256 of the image>`."""
-    lines = sorted(f"{label}/{sha256}\n" for label, sha256 in zip(labels, hash_images(paths, workers)[0]))
+    lines = sorted(f"{label}/{sha256}\n" for label, sha256 in zip(labels, hashes))
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -359,16 +366,18 @@ RESAMPLES, BINS = 2000, 15
 THRESHOLDS = (0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 MCNEMAR = "McNemar's exact test, two-sided"
 INTERVALS = (
-    "95%: Wilson's score interval for accuracy, precision and recall; Bonett and Price's for the difference of two "
-    f"accuracies; for all others, such as F1 and macro F1, the percentiles of a bootstrap with {RESAMPLES} resamples "
-    "of the n images, which has width 0 where all resamples agree, as if nothing is wrong."
+    "95%: Wilson's score interval for accuracy, precision and recall, and by a transformation for F1 (Lam, Gopal and "
+    "Qian); Bonett and Price's for the difference of two models' accuracies; Newcombe's for the gap between the "
+    f"accuracies on train and val; for balanced accuracy and macro F1, the percentiles of a bootstrap with {RESAMPLES} "
+    "resamples of the n images, which has width 0 where all resamples agree, as if nothing is wrong."
 )
 
 
 # To add a metric of a whole model that has an interval: add `key: label` here, where the key is its name in
 # metrics.json, and its Estimate under that key to what `compute_metrics` returns. The text on stderr, report.html and
-# the comparison of models then show it. Also mention its interval in INTERVALS, and absent classes in `list_images`.
-SUMMARY_METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1"}
+# the comparison of models then show it, unless `summary_labels` leaves it out. Also mention its interval in INTERVALS,
+# and absent classes in `list_images`.
+SUMMARY_METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
 CLASS_METRICS = {"precision": "precision", "recall": "recall", "f1": "F1"}  # of each class; columns of per_class.csv
 
 
@@ -379,18 +388,20 @@ def compute_metrics(candidate: Candidate, predictions: Predictions, timing: dict
     f1 = 2 * num_correct / (num_true + num_predicted)  # [C, 1 + RESAMPLES]; NaN if both numbers are 0
     counts = (count.tolist() for count in (confusion.diag(), confusion.sum(1), confusion.sum(0)))
     per_class = []
-    for name, class_f1, correct, true, predicted in zip(classes, f1, *counts):
+    for name, correct, true, predicted in zip(classes, *counts):
         row = {"class": name, "precision": wilson(correct, predicted), "recall": wilson(correct, true)}
-        per_class.append({**row, "f1": percentile_estimate(class_f1), "support": true})
+        per_class.append({**row, "f1": f1_estimate(correct, true, predicted), "support": true})
     ranks = (predictions.calibrated > predictions.calibrated.gather(1, targets[:, None])).sum(1)
     uncalibrated = calibration(predictions.uncalibrated, targets)
     return {
         "n": len(targets),
         "accuracy": wilson(predictions.correct.sum().item(), len(targets)),
+        "balanced_accuracy": percentile_estimate((num_correct / num_true).nanmean(0)),
         "macro_f1": percentile_estimate(f1.nanmean(0)),
         "loss": uncalibrated["nll"],  # mean cross entropy in nats, as in the training history
         **{f"top{k}_accuracy": (ranks < k).double().mean().item() for k in (3, 5) if k < len(classes)},
         **calibration(predictions.calibrated, targets),
+        **ece_if_perfect(predictions.confidence),
         **{f"{key}_uncalibrated": value for key, value in uncalibrated.items()},
         "temperature": candidate.temperature,
         "parameters": sum(parameter.numel() for parameter in candidate.checkpoint.model.parameters()),
@@ -399,6 +410,26 @@ def compute_metrics(candidate: Candidate, predictions: Predictions, timing: dict
         "coverage": coverage(predictions.confidence, predictions.correct),
         "confused_pairs": confused_pairs(confusion, classes),
     }
+
+
+def f1_estimate(correct: int, true: int, predicted: int) -> Estimate:
+    """Return the F1 of a class, from its numbers of correctly classified, true and predicted images.
+
+    F1 is 2 J / (1 + J), where J is the share of the correctly classified images among those that are true or predicted.
+    Its interval is Wilson's for J, transformed in the same way (Lam, Gopal and Qian, arXiv 2309.14621).
+    """
+    shares = wilson(correct, true + predicted - correct)
+    return shares if shares.value is None else Estimate(*(2 * share / (1 + share) for share in shares))
+
+
+def unpaired_difference(a: Estimate, b: Estimate) -> Estimate:
+    """Return a - b with a 95% interval, for two proportions of different images with their Wilson intervals.
+
+    The interval is Newcombe's hybrid score interval (Statistics in Medicine 1998, method 10).
+    """
+    difference = a.value - b.value
+    low = difference - math.hypot(a.value - a.low, b.high - b.value)
+    return Estimate(difference, low, difference + math.hypot(a.high - a.value, b.value - b.low))
 
 
 def bootstrap_counts(confusion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -458,6 +489,37 @@ def calibration(scores: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
             if count
         ],
     }
+
+
+def ece_if_perfect(confidence: torch.Tensor) -> dict[str, float]:
+    """Return the ECE that chance alone causes: that of confidences [N] which are the probabilities of being correct.
+
+    Simulates RESAMPLES times which predictions are correct, and returns the mean and the 95th percentile. Confidences
+    in the same hundredth of a bin share one binomial draw with their mean, so that the time does not depend on N.
+    """
+    parts = (confidence * BINS * 100).ceil().long().clamp(1, BINS * 100) - 1
+    parts, groups, counts = parts.unique(return_inverse=True, return_counts=True)
+    sums = torch.bincount(groups, weights=confidence.double())
+    arguments = (row.expand(RESAMPLES, -1).contiguous() for row in (counts.double(), (sums / counts).clamp(max=1)))
+    excess = torch.binomial(*arguments, torch.Generator().manual_seed(0)) - sums  # [RESAMPLES, number of groups]
+    by_bin = torch.zeros(RESAMPLES, BINS, dtype=torch.float64).index_add(1, parts // 100, excess)
+    eces = by_bin.abs().sum(1) / len(confidence)
+    return {"ece_if_perfect": eces.mean().item(), "ece_if_perfect_p95": eces.quantile(0.95).item()}
+
+
+def count_seen_images(checkpoint: Checkpoint, hashes: list[str], correct: torch.Tensor) -> dict[str, Any]:
+    """Count the images, by the SHA-256 [N] of their files, that the model was trained on or its epoch was chosen on.
+
+    The numbers are None for a model of an earlier version, which does not say. If there are such images, the accuracy
+    on all others is returned too; `correct` [N] says which images are classified correctly.
+    """
+    if not len(checkpoint.train_hashes):
+        return {"seen_in_training": None, "seen_in_val": None}
+    trained, chosen = are_among(hashes, checkpoint.train_hashes), are_among(hashes, checkpoint.val_hashes)
+    unseen, counts = ~(trained | chosen), {"seen_in_training": trained.sum().item(), "seen_in_val": chosen.sum().item()}
+    if unseen.all():
+        return counts
+    return {**counts, "accuracy_unseen": wilson((correct & unseen).sum().item(), unseen.sum().item())}
 
 
 def coverage(confidence: torch.Tensor, correct: torch.Tensor) -> list[dict[str, Any]]:
@@ -558,15 +620,21 @@ def shorten(text: str, length: int = 26) -> str:
     return text if len(text) <= length else f"{text[: length // 2 - 1]}...{text[2 - length // 2 :]}"
 
 
+def summary_labels(metrics: dict[str, Any]) -> dict[str, str]:
+    """Return SUMMARY_METRICS, without balanced accuracy if it is the accuracy, because the classes have equal sizes."""
+    equal_sizes = len({row["support"] for row in metrics["per_class"] if row["support"]}) == 1
+    return {key: label for key, label in SUMMARY_METRICS.items() if key != "balanced_accuracy" or not equal_sizes}
+
+
 def comparison_section(models: list[EvaluatedModel], comparisons: list[dict], picture: Path) -> Section:
     """Compare the models by their summary metrics and the F1 of the first model's classes."""
     chosen, note = classes_to_show(models[0].predictions.confusion)
     names = [models[0].checkpoint.classes[index] for index in chosen]
-    labels = list(SUMMARY_METRICS.values())
+    summary_keys, labels = map(list, zip(*summary_labels(models[0].metrics).items()))
     estimates, table = {}, [["model [95% interval]", *labels, "ECE", "parameters", "ms per image"]]
     for model in models:
         metrics = model.metrics
-        summary = [metrics[key] for key in SUMMARY_METRICS]
+        summary = [metrics[key] for key in summary_keys]
         f1 = {row["class"]: row["f1"] for row in metrics["per_class"]}
         estimates[model.name] = [*summary, *(f1.get(name, Estimate()) for name in names)]
         cells = f"{metrics['ece']:.4f}", f"{metrics['parameters']:,}", f"{metrics['ms_per_image']:.2f}"
@@ -597,7 +665,7 @@ def report_sections(
     if comparisons:
         sections.append(comparison_section(models, comparisons, folder / "comparison.png"))
     for model in models:
-        for section in model_sections(model, images.paths, folder / model.subfolder):
+        for section in model_sections(model, images, folder / model.subfolder):
             sections.append(replace(section, title=f"{model.name}: {section.title}") if comparisons else section)
     if histories:
         plot_curves(folder / "curves.png", histories)
@@ -606,7 +674,7 @@ def report_sections(
     return sections
 
 
-def model_sections(model: EvaluatedModel, paths: list[str], folder: Path) -> list[Section]:
+def model_sections(model: EvaluatedModel, images: Images, folder: Path) -> list[Section]:
     """Return the sections of a model, and draw their pictures into its folder."""
     metrics, predictions = model.metrics, model.predictions
     pairs = "{n:,} of {support:,} images of {true} are classified as {predicted}."
@@ -616,24 +684,36 @@ def model_sections(model: EvaluatedModel, paths: list[str], folder: Path) -> lis
     for row in metrics["coverage"]:
         cells = "{threshold:.2f}", "{n:,}", "{coverage:.1%}"
         coverage_table.append([*(cell.format(**row) for cell in cells), row["accuracy"].cell()])
-    coverage_sentence = "With --min-confidence P, predict.py names a class where the confidence is at least P."
+    thresholds = ["With --min-confidence P, predict.py names a class where the confidence is at least P."]
+    advice = "Choose P from the table of --split val: the accuracy of a P chosen from this table is too optimistic."
+    thresholds.append("Choose P from this table, which is that of val." if images.split == "val" else advice)
     wrong = (~predictions.correct).nonzero()[:, 0]
     shown = wrong[predictions.confidence[wrong].argsort(descending=True)[:20]].tolist()
     if shown:
-        plot_mistakes(folder / "mistakes.png", model, paths, shown)
+        plot_mistakes(folder / "mistakes.png", model, images.paths, shown)
     mistakes = f"The {len(shown)} most confident of {len(wrong):,} mistakes." if shown else "There are none."
     return [
-        accuracy_section(model, folder / "per_class.png"),
+        accuracy_section(model, images.split, folder / "per_class.png"),
         Section("Most frequent confusions", confusions, picture=folder / "confusion_matrix.png"),
         calibration_section(metrics, folder / "reliability.png"),
-        Section("Confidence thresholds", [coverage_sentence], coverage_table),
+        Section("Confidence thresholds", thresholds, coverage_table),
         Section("Mistakes", [mistakes], picture=folder / "mistakes.png" if shown else None),
     ]
 
 
-def accuracy_section(model: EvaluatedModel, picture: Path) -> Section:
+def seen_images_sentence(metrics: dict[str, Any], split: str) -> str | None:
+    """Return a sentence on the images that train.py has used; None if there are none or SPLIT_NOTES says the same."""
+    n, trained, chosen = (metrics[key] for key in ("n", "seen_in_training", "seen_in_val"))
+    if "accuracy_unseen" not in metrics or (split, trained, chosen) in (("train", n, 0), ("val", 0, n)):
+        return None
+    unseen = metrics["accuracy_unseen"]
+    rest = "there are no others" if unseen.value is None else f"without these the accuracy is {unseen.text('.4f')}"
+    return f"The model was trained on {trained:,} of these {n:,} images, and its epoch chosen on {chosen:,}; {rest}."
+
+
+def accuracy_section(model: EvaluatedModel, split: str, picture: Path) -> Section:
     """Report the summary metrics, and precision, recall and F1 of each class."""
-    per_class = model.metrics["per_class"]
+    metrics, per_class = model.metrics, model.metrics["per_class"]
     chosen, note = classes_to_show(model.predictions.confusion)
     shown = [per_class[index] for index in chosen]
     labels = [f"{shorten(row['class'])} ({row['support']:,})" for row in shown]
@@ -642,10 +722,12 @@ def accuracy_section(model: EvaluatedModel, picture: Path) -> Section:
     present = sorted((row for row in per_class if row["support"]), key=lambda row: row["f1"].value)
     lowest = [f"{row['class']} ({row['f1'].value:.3f})" for row in present[:3]]
     sentences = [
-        f"{model.predictions.correct.sum():,} of {model.metrics['n']:,} images are classified correctly.",
-        *(f"The {label} is {model.metrics[key].text('.4f')}." for key, label in SUMMARY_METRICS.items()),
+        f"{model.predictions.correct.sum():,} of {metrics['n']:,} images are classified correctly.",
+        *(f"The {label} is {metrics[key].text('.4f')}." for key, label in summary_labels(metrics).items()),
         f"F1 is lowest for {', '.join(lowest)}.",
     ]
+    if sentence := seen_images_sentence(metrics, split):
+        sentences.append(sentence)
     if len(model.views) > 1:
         sentences.append(f"Probabilities are averaged over {len(model.views)} views of each image.")
     table = [["class [95% interval]", *CLASS_METRICS.values(), "images"]]
@@ -662,7 +744,9 @@ def calibration_section(metrics: dict[str, Any], picture: Path) -> Section:
     bias = f"{'over' if confidence > accuracy else 'under'}confident by {100 * abs(confidence - accuracy):.1f} points"
     verdict = "the mean is within the interval of the accuracy" if low <= confidence <= high else f"the model is {bias}"
     mean = f"The mean confidence (probability of the predicted class) is {confidence:.1%}, the accuracy {accuracy:.1%}"
-    sentences = [f"{mean}: {verdict}."]
+    chance, bound = f"{metrics['ece_if_perfect']:.4f}", f"{metrics['ece_if_perfect_p95']:.4f}"
+    ece = f"The expected calibration error (ECE) is {metrics['ece']:.4f}; for a perfectly calibrated model, it would be"
+    sentences = [f"{mean}: {verdict}.", f"{ece} {chance} on average, and at most {bound} in 95% of cases."]
     if metrics["nll"] > metrics["nll_uncalibrated"]:
         sentences.append(
             "The temperature, fitted on val, makes the probabilities worse here: val may be small or different."
@@ -680,21 +764,44 @@ def calibration_section(metrics: dict[str, Any], picture: Path) -> Section:
 
 def summarize_history(history: History) -> dict[str, Any]:
     """Return the accuracies of the best epoch and a sentence on overfitting, with their keys in metrics.json."""
-    best, last = history.best, history.rows[-1]
+    best, epochs, alpha = history.best, history.rows[-1]["epoch"], history.metrics.get("alpha", 1)
     kind, other = ("last", "test") if math.isnan(best["val_acc"]) else ("best", "val")
     gap, loss = best["train_acc"] - best[f"{other}_acc"], f"{other}_loss"
-    words = f"{history.name}: the {kind} epoch is {best['epoch']} of {last['epoch']}."
+    _, low, high = accuracy_gap(history, other)
+    words = f"{history.name}: the {kind} epoch is {best['epoch']} of {epochs}."
     if not math.isnan(gap):
-        verdict = "no sign of overfitting" if gap < 0.01 else "it overfits slightly" if gap < 0.05 else "it overfits"
-        lowest = min(history.rows, key=lambda row: row[loss])
-        rises = f"rises after epoch {lowest['epoch']}" if last[loss] > 1.02 * lowest[loss] else "does not rise"
+        if low is None:
+            verdict = " (interval unknown, because no model beside the history says how many images were measured)"
+        else:
+            overfits = "it overfits slightly" if gap < 0.05 else "it overfits"
+            verdict = "no sign of overfitting" if gap < 0.01 else "this can be chance" if low <= 0 else overfits
+            verdict = f" (95% interval {100 * low:.2f} to {100 * high:.2f}): {verdict}"
+        rows = [row for row in history.rows if not math.isnan(row[loss])] or [best]
+        lowest = min(rows, key=lambda row: row[loss])
+        rises = f"rises after epoch {lowest['epoch']}" if rows[-1][loss] > 1.02 * lowest[loss] else "does not rise"
         words += (
             f" Accuracy is {best['train_acc']:.2%} on train and {best[f'{other}_acc']:.2%} on {other}, a gap of "
-            f"{100 * gap:.2f} points: {verdict}; the loss on {other} {rises}."
+            f"{100 * gap:.2f} points{verdict}; the loss on {other} {rises}."
         )
+    if alpha != 1:
+        between = "between those before fine-tuning (alpha 0) and those of this epoch (alpha 1)"
+        words += f" The weights of the saved model are interpolated {between}, with alpha {alpha}."
     numbers = {"gap": gap, **{f"{split}_acc": best[f"{split}_acc"] for split in SPLITS}}
     known = {key: None if math.isnan(value) else value for key, value in numbers.items()}
-    return {"history": str(history.path), "epochs": last["epoch"], "best_epoch": best["epoch"], "words": words, **known}
+    known["gap_ci95"] = None if low is None else [low, high]
+    return {"history": str(history.path), "epochs": epochs, "best_epoch": best["epoch"], "words": words, **known}
+
+
+def accuracy_gap(history: History, other: str) -> Estimate:
+    """Return how much more accurate the best epoch is on train than on the split `other`.
+
+    Undefined if an accuracy is missing, or if the model beside the history does not say how many images were measured.
+    """
+    accuracies = {split: history.best[f"{split}_acc"] for split in ("train", other)}
+    counts = {split: history.metrics.get("measured", {}).get(split) for split in accuracies}
+    if None in counts.values() or any(map(math.isnan, accuracies.values())):
+        return Estimate()
+    return unpaired_difference(*(wilson(round(accuracies[split] * counts[split]), counts[split]) for split in counts))
 
 
 def origin_section(models: list[EvaluatedModel], content: dict[str, Any]) -> Section:
@@ -877,13 +984,16 @@ def plot_curves(path: Path, histories: list[History]) -> None:
     figure = new_figure(11, 4.6 + 0.2 * (math.ceil(3 * len(histories) / 2) + several))  # with room for the legend
     for axes, quantity, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("Cross entropy (nats)", "Accuracy")):
         for history in histories:
-            epochs, best = [row["epoch"] for row in history.rows], history.rows.index(history.best)
+            best = history.best
             prefix, colors = (f"{shorten(history.name)}, ", [history.color] * 3) if several else ("", COLORS)
             for split, style, color in zip(SPLITS, (":", "-", "--"), colors):
-                values = [row[f"{split}_{quantity}"] for row in history.rows]
-                if not all(map(math.isnan, values)):
-                    look = {"color": color, "label": f"{prefix}{split} {values[best]:.4f}"}
-                    axes.plot(epochs, values, style, marker="o", markevery=[best], linewidth=1.6, **look)
+                key = f"{split}_{quantity}"
+                rows = [row for row in history.rows if not math.isnan(row[key])]  # not all splits in all epochs
+                if rows:
+                    values, dots = [row[key] for row in rows], [rows.index(best)] if best in rows else []
+                    label = f"{prefix}{split} {best[key]:.4f}" if dots else f"{prefix}{split}"
+                    look = {"color": color, "label": label, "marker": "o", "markevery": dots}
+                    axes.plot([row["epoch"] for row in rows], values, style, linewidth=1.6, **look)
             if not several:
                 label = f"best epoch: {history.best['epoch']}"
                 axes.axvline(history.best["epoch"], color="0.6", linestyle="--", linewidth=1, zorder=0, label=label)

@@ -51,7 +51,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tta", action="store_true", help=TTA_HELP)
     add = parser.add_argument_group("output").add_argument
     add("--top-k", type=positive_int, default=1, help="report this many classes, the most probable first")
-    add("--min-confidence", type=fraction, default=0.0, metavar="P", help=f"answer {UNKNOWN} below this probability")
+    least = f"answer {UNKNOWN} below this probability, which is to be chosen from the report of evaluate.py --split val"
+    add("--min-confidence", type=fraction, default=0.0, metavar="P", help=least)
     add("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
     plot_help = f"draw images with their {BARS} best classes, {PAGE_COLUMNS * PAGE_ROWS} per page: FILE.png, FILE-2.png"
     add("--plot", type=Path, metavar="FILE.png", help=plot_help)

@@ -85,7 +85,8 @@ AUGMENT_HELP = (
 )
 FINETUNE_HELP = (
     "head: train only the new classifier; last: also the network's last stage; all: the whole network. The classifier "
-    "is trained alone first (Kumar et al., ICLR 2022). Pre-trained BatchNorm keeps its statistics"
+    "is trained alone first (Kumar et al., ICLR 2022), and of the weights between that and the fine-tuned network the "
+    "best on val are saved (Wortsman et al., CVPR 2022). Pre-trained BatchNorm keeps its statistics"
 )
 ONLY_IF_BETTER_HELP = (
     "keep the model.pt in OUT, and exit with code 5, if its calibrated loss on val is lower than the new model's: a "

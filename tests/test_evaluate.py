@@ -10,18 +10,26 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import load_pt, read_csv
+from conftest import command, load_pt, read_csv
 from PIL import Image
 from scipy import stats
 from sklearn import metrics as sklearn
 
 import evaluate
-from common import Checkpoint
+from common import Checkpoint, short_hashes
 
 HISTORY = """epoch,lr,train_loss,train_acc,val_loss,val_acc,test_loss,test_acc,seconds
 1,0.1,0.9,0.60,0.8,0.60,,,1
 2,0.1,0.5,0.80,0.6,0.75,,,1
 3,0.1,0.1,0.99,0.9,0.75,,,1
+"""
+# Without val, and with test measured in every second epoch, as when fine-tuning.
+HISTORY_WITH_GAPS = """epoch,lr,train_loss,train_acc,val_loss,val_acc,test_loss,test_acc,seconds
+1,0.1,0.9,0.60,,,,,1
+2,0.1,0.5,0.80,,,0.5,0.70,1
+3,0.1,0.4,0.85,,,,,1
+4,0.1,0.3,0.90,,,0.6,0.75,1
+5,0.1,0.1,0.99,,,,,1
 """
 HISTORY_WITHOUT_VAL = """epoch,lr,train_loss,train_acc,val_loss,val_acc,test_loss,test_acc,seconds
 1,0.1,0.9,0.60,,,,,
@@ -84,6 +92,8 @@ def test_metrics_agree_with_scikit_learn():
     assert numbers["per_class"][6]["recall"] is None and numbers["per_class"][6]["recall_ci95"] is None
     assert numbers["accuracy"] == pytest.approx(sklearn.accuracy_score(true, predicted))
     assert numbers["macro_f1"] == pytest.approx(sklearn.f1_score(true, predicted, average="macro"))
+    recalls = sklearn.recall_score(true, predicted, labels=range(6), average=None)  # no image is of the last class
+    assert numbers["balanced_accuracy"] == pytest.approx(recalls.mean())
     for k in (3, 5):
         expected = sklearn.top_k_accuracy_score(true, predictions.calibrated.numpy(), k=k, labels=labels)
         assert numbers[f"top{k}_accuracy"] == pytest.approx(expected)
@@ -107,6 +117,23 @@ def test_calibration_agrees_with_scikit_learn():
     assert numbers["loss"] == numbers["nll_uncalibrated"] != numbers["nll"]
 
 
+def test_ece_of_a_perfectly_calibrated_model():
+    """By hand: of two images with confidence 0.75, both are wrong (ECE 0.75) in 1/16 of the cases, else ECE is 0.25."""
+    found = evaluate.ece_if_perfect(torch.tensor([0.75, 0.75]).double())
+    assert found["ece_if_perfect"] == pytest.approx((0.75 + 15 * 0.25) / 16, abs=0.01)
+    assert found["ece_if_perfect_p95"] == 0.75
+    assert set(evaluate.ece_if_perfect(torch.ones(9).double()).values()) == {0}
+    rng, confidence = numpy.random.default_rng(0), random_model(10, 1000).predictions.confidence
+    bins, eces = numpy.ceil(15 * confidence.numpy()), []
+    for _ in range(1000):
+        excess = (rng.random(1000) < confidence.numpy()) - confidence.numpy()
+        eces.append(sum(abs(excess[bins == number].sum()) for number in range(1, 16)) / 1000)
+    found = evaluate.ece_if_perfect(confidence)
+    assert found["ece_if_perfect"] == pytest.approx(numpy.mean(eces), rel=0.03)
+    assert found["ece_if_perfect_p95"] == pytest.approx(numpy.percentile(eces, 95), rel=0.04)
+    assert evaluate.ece_if_perfect(confidence) == found
+
+
 def test_wilson_interval_agrees_with_scipy():
     for count, total in ((0, 5), (5, 5), (1, 30), (5072, 5400)):
         expected = stats.binomtest(count, total).proportion_ci(method="wilson")
@@ -115,17 +142,65 @@ def test_wilson_interval_agrees_with_scipy():
     assert evaluate.wilson(0, 0) == (None, None, None)
 
 
+def test_f1_interval_by_hand():
+    """8 of the 12 images that are true or predicted are correct: Wilson's interval is 0.3906 to 0.8619."""
+    assert evaluate.f1_estimate(8, 10, 10) == pytest.approx((0.8, 0.5618, 0.9258), abs=1e-4)
+    low, high = evaluate.wilson(8, 12)[1:]
+    assert evaluate.f1_estimate(8, 9, 11) == pytest.approx((0.8, 2 * low / (1 + low), 2 * high / (1 + high)))
+    assert evaluate.f1_estimate(0, 0, 0) == (None, None, None)
+    assert evaluate.f1_estimate(10, 10, 10)[1] < 0.9 and evaluate.f1_estimate(10, 10, 10)[2] == 1
+    assert evaluate.f1_estimate(0, 0, 3)[:2] == (0, 0) and evaluate.f1_estimate(0, 0, 3)[2] > 0.5
+
+
+def test_f1_of_a_class_without_mistakes_is_uncertain():
+    """All 12 images of a class are correct: resamples agree on an F1 of 1, but 12 images cannot show that."""
+    model = random_model(4, 300)
+    targets = model.predictions.targets.clone()
+    targets[:12], scores = 3, model.predictions.calibrated.clone()
+    scores[:, 3] = torch.where(targets == 3, 9.0, -99.0)
+    predictions = evaluate.make_predictions(targets, scores.log_softmax(1), scores.log_softmax(1))
+    row = evaluate.compute_metrics(model, predictions, {})["per_class"][3]
+    assert row["support"] == 12 and row["f1"].value == 1 and row["f1"].low == pytest.approx(0.8621, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("support", [10, 30, 540])
+@pytest.mark.parametrize("recall, precision", [(0.95, 0.95), (0.9, 0.8), (0.6, 0.7)])
+def test_coverage_of_the_f1_interval(support, recall, precision):
+    """Of a class with this mean support among 5,400 images, 95% of the intervals contain the true F1."""
+    hits = support * recall
+    cells = numpy.array([hits, support - hits, hits / precision - hits, 0])
+    cells[3] = 5400 - cells.sum()
+    true_f1, rng = 2 * recall * precision / (recall + precision), numpy.random.default_rng(0)
+
+    def coverage(interval, repetitions):
+        draws = rng.multinomial(5400, cells / 5400, size=repetitions).tolist()
+        found = [interval(*draw) for draw in draws if sum(draw[:3])]
+        return numpy.mean([low <= true_f1 <= high for _, low, high in found])
+
+    def bootstrap(tp, fn, fp, tn):
+        correct, true, predicted = evaluate.bootstrap_counts(torch.tensor([[tp, fn], [fp, tn]]))
+        return evaluate.percentile_estimate((2 * correct / (true + predicted))[0])
+
+    covered = coverage(lambda tp, fn, fp, tn: evaluate.f1_estimate(tp, tp + fn, tp + fp), 20_000)
+    by_bootstrap = coverage(bootstrap, 500)
+    print(f"support {support}, recall {recall}, precision {precision}: {covered:.3f}; bootstrap: {by_bootstrap:.3f}")
+    assert 0.93 <= covered <= 0.97
+    assert (support, recall) != (10, 0.95) or by_bootstrap < 0.8  # why the bootstrap is not used for this interval
+
+
 def test_bootstrap_agrees_with_resampling_images():
-    model, rng, f1s = random_model(4, 300), numpy.random.default_rng(1), []
+    model, rng, resampled = random_model(4, 300), numpy.random.default_rng(1), []
     targets, predicted = model.predictions.targets, model.predictions.predicted
     for _ in range(1000):
         rows = rng.integers(300, size=300)
-        f1s.append(sklearn.f1_score(targets[rows], predicted[rows], labels=range(3), average=None))
-    expected = numpy.percentile(f1s, (2.5, 97.5), axis=0)
+        true, found = targets[rows], predicted[rows]
+        recalls = sklearn.recall_score(true, found, labels=range(3), average=None)
+        resampled.append((sklearn.f1_score(true, found, labels=range(4), average="macro"), recalls.mean()))
     numbers = evaluate.to_json(model.metrics)
-    for row, *bounds in zip(numbers["per_class"], *expected):
-        assert row["f1_ci95"] == pytest.approx(bounds, abs=0.015) and row["f1_ci95"][0] < row["f1"] < row["f1_ci95"][1]
-    assert numbers["macro_f1_ci95"][0] < numbers["macro_f1"] < numbers["macro_f1_ci95"][1]
+    for key, *bounds in zip(("macro_f1", "balanced_accuracy"), *numpy.percentile(resampled, (2.5, 97.5), axis=0)):
+        low, high = numbers[f"{key}_ci95"]
+        assert [low, high] == pytest.approx(bounds, abs=0.015) and low < numbers[key] < high
     assert evaluate.to_json(random_model(4, 300).metrics) == numbers  # the same seed gives the same bounds
 
 
@@ -149,6 +224,15 @@ def test_paired_difference_by_hand():
     """8 / 102 plus and minus 1.96 * sqrt((14 / 102 - (8 / 102) ** 2) / 102), by Bonett and Price's formula."""
     assert evaluate.paired_difference(10, 2, 100) == pytest.approx((0.08, 0.0082, 0.1487), abs=1e-4)
     assert evaluate.paired_difference(2, 10, 100) == pytest.approx((-0.08, -0.1487, -0.0082), abs=1e-4)
+
+
+def test_unpaired_difference_agrees_with_the_paper():
+    """Newcombe (1998), table II, method 10."""
+    cases = [((56, 70), (48, 80), (0.0524, 0.3339)), ((9, 10), (3, 10), (0.1705, 0.8090))]
+    cases += [((10, 10), (0, 10), (0.6075, 1)), ((5, 56), (0, 29), (-0.0381, 0.1926))]
+    for a, b, bounds in cases:
+        difference = evaluate.unpaired_difference(evaluate.wilson(*a), evaluate.wilson(*b))
+        assert difference == pytest.approx((a[0] / a[1] - b[0] / b[1], *bounds), abs=1e-4)
 
 
 def test_holm_by_hand():
@@ -270,6 +354,80 @@ def test_allow_missing(run, trained, tree, tmp_path):
     assert "no images of known classes" in run("evaluate", *args, "--allow-missing", code=2).error[0]
 
 
+def test_balanced_accuracy_is_shown_where_class_sizes_differ(run, trained, tree, hard_tree, tmp_path):
+    always_red = save_changed(trained, tmp_path / "red.pt", state_dict=constant_weights(trained, 2))
+    args = ["--checkpoint", trained.model, always_red, "--out", tmp_path / "out", "--data"]
+    same, different = run("evaluate", *args, tree), run("evaluate", *args, hard_tree)
+    for model in same.json["models"]:
+        assert model["balanced_accuracy"] == pytest.approx(model["accuracy"])
+        assert len(model["balanced_accuracy_ci95"]) == 2
+    assert "balanced accuracy" not in same.err
+    model = different.json["models"][0]
+    recalls = [row["recall"] for row in model["per_class"]]
+    assert model["balanced_accuracy"] == pytest.approx(sum(recalls) / 3) != model["accuracy"]
+    assert different.err.count(f"balanced accuracy is {model['balanced_accuracy']:.4f} (95% interval") == 1
+    (heading,) = [line for line in different.err.splitlines() if line.startswith("model [95% interval]")]
+    assert "balanced accuracy" in heading
+
+
+def test_images_that_the_model_has_seen(run, trained, tree, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(tree, data)
+    args = ["--checkpoint", trained.model, "--data", data, "--out", out]
+    clean = run("evaluate", *args)
+    assert clean.json["seen_in_training"] == clean.json["seen_in_val"] == 0
+    assert "accuracy_unseen" not in clean.json and "warning" not in clean.err
+    for split, sentence in (("train", "trained on 60"), ("val", "epoch chosen on 24")):
+        result = run("evaluate", *args, "--split", split)
+        seen = {"seen_in_training": 60 * (split == "train"), "seen_in_val": 24 * (split == "val")}
+        assert {key: result.json[key] for key in seen} == seen and result.json["accuracy_unseen"] is None
+        assert sentence not in result.err  # the note on the split says it already
+    for split, folder, number in (("train", "test", 4), ("val", "test", 2), ("train", "val", 3)):
+        for index in range(number):  # blue images among the green ones, so that the model is wrong
+            shutil.copy(tree / split / "blue" / f"blue {index}.png", data / folder / "green" / f"{split} {index}.png")
+    result, on_val = run("evaluate", *args), run("evaluate", *args, "--split", "val", "--out", tmp_path / "val")
+    unseen = [
+        row
+        for row in read_csv(out / "predictions.csv")
+        if Path(row["path"]).stem.split()[0] in ("red", "blue", "green")
+    ]
+    accuracy = sum(row["true"] == row["predicted"] for row in unseen) / 30
+    assert len(unseen) == 30 and result.json["n"] == 36 and result.json["accuracy_unseen"] == pytest.approx(accuracy)
+    assert (result.json["seen_in_training"], result.json["seen_in_val"]) == (4, 2)
+    sentence = (
+        "The model was trained on 4 of these 36 images, and its epoch chosen on 2; without these the accuracy is "
+    )
+    low, high = result.json["accuracy_unseen_ci95"]
+    sentence += f"{accuracy:.4f} (95% interval {low:.4f} to {high:.4f})."
+    assert f"warning: {trained.model}: {sentence}" in result.err and f"\n{sentence}\n" in result.err
+    assert sentence in Page((out / "report.html").read_text()).text
+    assert "trained on 3 of these 27 images, and its epoch chosen on 24; there are no others." in on_val.err
+    none = short_hashes([])
+    old = save_changed(trained, tmp_path / "old.pt", train_hashes=none, val_hashes=none)
+    result = run("evaluate", "--checkpoint", old, *args[2:])
+    assert result.json["seen_in_training"] is result.json["seen_in_val"] is None and "warning" not in result.err
+
+
+def test_ece_is_compared_with_its_level_by_chance(run, trained, hard_tree, tmp_path):
+    unsure = save_changed(trained, tmp_path / "unsure.pt", temperature=20.0)
+    result = run("evaluate", "--checkpoint", unsure, "--data", hard_tree, "--out", tmp_path / "out")
+    mean, bound = result.json["ece_if_perfect"], result.json["ece_if_perfect_p95"]
+    assert 0 < mean < bound < 1
+    sentence = (
+        f"The expected calibration error (ECE) is {result.json['ece']:.4f}; for a perfectly calibrated model, it "
+    )
+    sentence += f"would be {mean:.4f} on average, and at most {bound:.4f} in 95% of cases."
+    assert sentence in result.err
+
+
+def test_thresholds_are_chosen_on_val(run, trained, tree, tmp_path):
+    args = ["--checkpoint", trained.model, "--data", tree, "--out", tmp_path / "out", "--split"]
+    test, val = run("evaluate", *args, "test").err, run("evaluate", *args, "val").err
+    assert "Choose P from the table of --split val" in test and "too optimistic" in test
+    assert "Choose P from this table, which is that of val." in val
+    assert "evaluate.py --split val" in " ".join(command("predict", "--help").stdout.split())
+
+
 def test_fail_under(run, trained, hard_tree, tmp_path):
     args = ["--checkpoint", trained.model, "--data", hard_tree, "--out", tmp_path / "out"]
     assert run("evaluate", *args, "--fail-under", 0.99, code=4).json["accuracy"] < 0.99
@@ -284,8 +442,9 @@ def test_hash_of_the_data_depends_on_its_content_only(run, trained, tree, tmp_pa
     lines = sorted(f"{path.parent.name}/{hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files)
     assert found == hashlib.sha256("".join(lines).encode()).hexdigest()
     labels = [path.parent.name for path in files]
-    assert evaluate.hash_split(files[::-1], labels[::-1], 2) == found  # in any order, so with any file names
-    assert evaluate.hash_split(files, ["red", *labels[1:]], 2) != found
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    assert evaluate.hash_split(hashes[::-1], labels[::-1]) == found  # in any order, so with any file names
+    assert evaluate.hash_split(hashes, ["red", *labels[1:]]) != found
 
 
 def test_mistakes_are_shown_and_removed(run, trained, hard_tree, tmp_path):
@@ -352,6 +511,13 @@ def test_views_are_averaged(run, trained, tree, tmp_path):
 # ---------------------------------------------------------------- training curves
 
 
+def write_run(trained, folder, history, **metrics):
+    """Write a model with these metrics and the history beside it, and return the path of the history."""
+    save_changed(trained, folder / "model.pt", metrics=metrics)
+    (folder / "history.csv").write_text(history)
+    return folder / "history.csv"
+
+
 def test_curves_and_overfitting(run, trained, tree, tmp_path):
     (tmp_path / "over.csv").write_text(HISTORY)
     (tmp_path / "noval.csv").write_text(HISTORY_WITHOUT_VAL)
@@ -359,16 +525,57 @@ def test_curves_and_overfitting(run, trained, tree, tmp_path):
     result = run("evaluate", *args, tmp_path / "over.csv", tmp_path / "noval.csv", trained.folder / "history.csv")
     over, noval, own = result.json["curves"]
     assert over["best_epoch"] == 2  # of two epochs with the same accuracy, that with the lower loss
-    assert over["gap"] == pytest.approx(0.05) and over["test_acc"] is None
-    assert "it overfits;" in over["words"] and "rises after epoch 2" in over["words"] and over["words"] in result.err
+    assert over["gap"] == pytest.approx(0.05) and over["test_acc"] is None and over["gap_ci95"] is None
+    assert "a gap of 5.00 points (interval unknown, because no model" in over["words"]
+    assert "overfit" not in over["words"] and "rises after epoch 2" in over["words"] and over["words"] in result.err
     assert noval["best_epoch"] == 3 and noval["gap"] is None
     assert own["best_epoch"] == trained.json["best_epoch"] and own["val_acc"] == trained.json["val_acc"]
+    assert own["gap_ci95"][0] <= own["gap"] <= own["gap_ci95"][1] and "interpolated" not in own["words"]
     three = (tmp_path / "out" / "curves.png").read_bytes()
     run("evaluate", *args, tmp_path / "over.csv")
     assert (tmp_path / "out" / "curves.png").read_bytes() != three
     for text in ("", HISTORY.splitlines()[0], HISTORY.replace("0.60", "none")):
         (tmp_path / "odd.csv").write_text(text)
         assert "odd.csv" in run("evaluate", *args, tmp_path / "odd.csv", code=2).error[0]
+
+
+def test_overfitting_is_claimed_only_beyond_chance(run, trained, tree, tmp_path):
+    """The same gap, 80% on train and 75% on val, with few and with many images, in models that are not evaluated."""
+    few = write_run(trained, tmp_path / "few", HISTORY, epoch=2, measured={"train": 1000, "val": 100})
+    many = write_run(trained, tmp_path / "many", HISTORY, epoch=2, measured={"train": 1000, "val": 10000}, alpha=0.5)
+    zero = write_run(trained, tmp_path / "zero", HISTORY, epoch=2, measured={"train": 1000, "test": 5}, alpha=0)
+    args = ["--data", tree, "--out", tmp_path / "out", "--checkpoint"]
+    few, many, zero = run("evaluate", *args, trained.model, "--history", few, many, zero).json["curves"]
+    assert few["gap_ci95"] == pytest.approx([-0.0289, 0.1460], abs=1e-4) and few["gap"] == pytest.approx(0.05)
+    assert "a gap of 5.00 points (95% interval -2.89 to 14.60): this can be chance; the loss" in few["words"]
+    assert many["gap_ci95"][0] > 0 and "it overfits; the loss" in many["words"]
+    assert "interpolated between those before fine-tuning (alpha 0) and" in many["words"]
+    assert many["words"].endswith("with alpha 0.5.") and zero["words"].endswith("with alpha 0.")
+    assert zero["gap_ci95"] is None and "interval unknown" in zero["words"]
+    beside = run("evaluate", *args, tmp_path / "many" / "model.pt").json["curves"]  # now it is evaluated
+    assert [{**beside[0], "words": "", "history": ""}] == [{**many, "words": "", "history": ""}]
+    (tmp_path / "few" / "model.pt").write_bytes(b"damaged")
+    (damaged,) = run("evaluate", *args, trained.model, "--history", tmp_path / "few" / "history.csv").json["curves"]
+    assert damaged["gap"] == pytest.approx(0.05) and damaged["gap_ci95"] is None
+
+
+def test_curves_of_a_split_that_is_not_measured_in_every_epoch(run, trained, tree, tmp_path, monkeypatch):
+    figures, save_figure = [], evaluate.save_figure
+    monkeypatch.setattr(evaluate, "save_figure", lambda *args: (figures.append(args), save_figure(*args)))
+    write_run(trained, tmp_path, HISTORY_WITH_GAPS, epoch=4, measured={"train": 1000, "test": 500})
+    args = ["--checkpoint", tmp_path / "model.pt", "--data", tree, "--out", tmp_path / "out"]
+    (curve,) = run("evaluate", *args).json["curves"]
+    assert curve["best_epoch"] == 4 and curve["gap"] == pytest.approx(0.15) and curve["gap_ci95"][0] > 0.1
+    assert "a gap of 15.00 points" in curve["words"] and "the loss on test rises after epoch 2" in curve["words"]
+    write_run(trained, tmp_path, HISTORY_WITH_GAPS, epoch=5, measured={"train": 1000, "test": 500})
+    (curve,) = run("evaluate", *args).json["curves"]
+    assert curve["gap"] is curve["gap_ci95"] is curve["test_acc"] is None and curve["train_acc"] == 0.99
+    labels = []
+    for figure in [figure for path, figure in figures if path.name == "curves.png"]:
+        (line,) = [line for line in figure.axes[1].lines if line.get_label().startswith("test")]
+        assert list(line.get_xdata()) == [2, 4] and list(line.get_ydata()) == [0.70, 0.75]
+        labels.append((line.get_label(), line.get_markevery()))
+    assert labels == [("test 0.7500", [1]), ("test", [])]
 
 
 def test_without_history_there_are_no_curves(run, trained, tree, tmp_path):

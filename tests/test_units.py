@@ -654,6 +654,8 @@ def test_weights_from_a_checkpoint_keep_their_input_scale(tmp_path):
         (["views"], [(4, False)], "views"),
         (["metrics"], None, "metrics"),
         (["metrics", "epoch"], "one", "metrics"),
+        (["metrics", "measured"], {"val": "all"}, "metrics"),
+        (["metrics", "alpha"], math.nan, "metrics"),
         (["train_hashes"], [1, 2], "train_hashes"),
         (["val_hashes"], torch.zeros(3, 8), "val_hashes"),
         (["args"], [], "args"),
