@@ -1143,10 +1143,10 @@ class Augmentation:
     """How training images are augmented while a network is fine-tuned."""
 
     views: Sequence[View]  # one of which is drawn for each image
+    num_classes: int
     strong: bool = False  # whether to add the strong augmentation of `augment_batch`
     crop: bool = False  # whether that includes random crops
     mix: bool = False  # whether it includes CutMix and MixUp
-    num_classes: int = 2
 
 
 def finetune(
@@ -1164,10 +1164,9 @@ def finetune(
     """
     hparams = HParams(args.lr, args.weight_decay, args.label_smoothing, args.epochs)
     options, count = train_options(args, dataset, deadline), len(dataset.splits["train"])
-    views = VIEWS[args.augment]
-    is_photo = views != VIEWS["dihedral"]  # images from above have one scale, which crops would change
+    crop = args.augment != "dihedral"  # images from above have one scale, which crops would change
     mix = count >= MIX_MIN_IMAGES
-    augmentation = Augmentation(views, args.strong, is_photo, mix, len(dataset.classes))
+    augmentation = Augmentation(VIEWS[args.augment], len(dataset.classes), args.strong, crop, mix)
     requests = [FeatureRequest(split, VIEWS["none"]) for split in dataset.splits.values()]
     features = extract_features(model, requests, cache, args.out, args.workers)
     probe_hparams = replace(hparams, lr=HEAD_LR, epochs=head_epochs(count, args.batch_size))

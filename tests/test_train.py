@@ -494,6 +494,9 @@ def test_class_imbalance(run, tmp_path):
         rows = csv.DictReader(run("predict", *model, data / "test" / "red", "--format", "csv").out.splitlines())
         recall[name] = sum(row["class"] == "red" for row in rows) / 12
     assert recall["balanced"] > recall["plain"]
+    again = run("train", *args, "--out", tmp_path / "balanced", "--class-weights", "balanced", "--only-if-better")
+    best = re.findall(r"calibrated val loss ([\d.]+)  best so far", again.err)[-1]  # with the class weights
+    assert f"{again.json['val_loss_calibrated']:.4f}" == best == f"{again.json['old_val_loss_calibrated']:.4f}"
 
 
 def test_views_are_used_in_training(run, tmp_path):
@@ -715,6 +718,8 @@ def test_finetuning_never_ends_worse_than_the_classifier_alone(run, similar_tree
     losses = dict(re.findall(r"([\d.]+): ([\d.]+)", line))
     assert list(losses) == ["0", "0.25", "0.5", "0.75", "1"] and result.json["alpha"] == 0
     assert float(losses["0"]) == min(map(float, losses.values()))
+    again = run("train", *args, "--backbone-lr", 0.3, "--lr", 1e-6, "--out", tmp_path / "again")
+    assert f"(1): 0: {losses['0']}, " in again.err  # --lr is not the rate of the classifier alone
     checkpoint, before = load_pt(tmp_path / "out" / "model.pt"), load_pt(random_weights)
     assert changed_parts(before, checkpoint["state_dict"]) == {"fc"}
     loss, accuracy = measure(tmp_path / "out" / "model.pt", similar_tree / "test")

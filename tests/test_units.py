@@ -311,7 +311,7 @@ def test_augmentation_draws_one_of_the_views():
     targets = torch.arange(64) % 4
     torch.manual_seed(0)
     for name, views in common.VIEWS.items():
-        augmentation = train.Augmentation(views, False, 4)
+        augmentation = train.Augmentation(views, 4)
         images, unchanged = train.augment_batch(pixels, targets, augmentation, lambda images: images)
         assert torch.equal(unchanged, targets)
         drawn = [
@@ -323,7 +323,7 @@ def test_augmentation_draws_one_of_the_views():
 
 def augment_strongly(pixels, seed=0, crop=True, mix=True):
     torch.manual_seed(seed)
-    augmentation = train.Augmentation(common.VIEWS["none"], strong=True, crop=crop, mix=mix, num_classes=4)
+    augmentation = train.Augmentation(common.VIEWS["none"], 4, strong=True, crop=crop, mix=mix)
     return train.augment_batch(pixels, torch.arange(len(pixels)) % 4, augmentation, lambda images: images / 255)
 
 
