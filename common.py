@@ -478,10 +478,6 @@ class Split:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def every(self, step: int) -> Split:
-        """Return every `step`-th image."""
-        return self.select(range(0, len(self), step))
-
     def select(self, rows: Sequence[int]) -> Split:
         """Return the images with these numbers."""
         paths, sha256, stamps = ([values[row] for row in rows] for values in (self.paths, self.sha256, self.stamps))
@@ -833,7 +829,9 @@ def load_pretrained(arch: str, weights: str | None, num_classes: int, image_size
                 raise UserError(f"{name} is a {checkpoint.arch}; pass --arch {checkpoint.arch}")
             state_dict, preprocessing = checkpoint.model.state_dict(), checkpoint.preprocessing
             transform_input = checkpoint.model_kwargs.get("transform_input", False)
-            if checkpoint.args.get("finetune", "head") != "head":  # its backbone has seen these images
+            fine_tuned = checkpoint.args.get("finetune", "head") != "head"
+            # A frozen backbone has seen no images, unless the checkpoint remembers more than it was trained on.
+            if fine_tuned or len(checkpoint.train_hashes) > checkpoint.metrics.get("measured", {}).get("train", 0):
                 hashes = {"train_hashes": checkpoint.train_hashes, "val_hashes": checkpoint.val_hashes}
     else:
         raise UserError(f"--weights {name}: neither a file nor one of {', '.join(names)}, none")
@@ -1302,7 +1300,8 @@ class Checkpoint(Network):
     temperature: float  # divide the logits by it before the softmax
     temperature_tta: float  # divide the logarithm of probabilities averaged over views by it, before another softmax
     views: list[View]  # of the images on which the classifier was trained
-    metrics: dict  # the saved epoch's row of the history
+    # The saved epoch's row of the history; after fine-tuning, the numbers of the interpolated weights, with `alpha`.
+    metrics: dict
     args: dict  # how it was trained
     versions: dict  # with which libraries
 

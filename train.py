@@ -3,7 +3,7 @@
 Reads DATA/train/<class>/*, and DATA/val and DATA/test if they exist; writes OUT/model.pt, OUT/last.pt and
 OUT/history.csv. The frozen network runs once over each view of each image; AdamW then trains the classifier on the
 cached features. With --finetune the network is trained too, starting from that classifier. The best epoch is chosen on
-val; test is only reported. The last line on stdout is one JSON object.
+val, and after fine-tuning the best mixture of the weights before and after it; test is only reported. The last line on stdout is one JSON object.
 
 To train with several processes: torchrun --nproc-per-node N train.py ...
 """
@@ -56,13 +56,13 @@ else:
 IMBALANCE_RATIO = 5  # warn if the largest class has at least this many times as many images as the smallest
 CALIBRATION_SAMPLE = 1000  # at most this many val images are used to fit `temperature_tta`
 TRAIN_SAMPLE = 1000  # fine-tuning measures train_loss and train_acc on at most this many images
-TEST_ROWS = 5  # fine-tuning measures test about this many times, and at the end
+TEST_EVERY = 5  # fine-tuning measures test in at least every fifth epoch
 HEAD_LR = 1e-3  # default learning rate of a classifier on a frozen network, also before fine-tuning
 HEAD_STEPS, HEAD_MIN_EPOCHS = 500, 5  # default length of its training
 FINETUNE_IMAGES, FINETUNE_EPOCHS = 128_000, (3, 100)  # images that fine-tuning sees by default, and bounds of epochs
 # Default peak learning rates of a backbone with BatchNorm, and of all others (transformers, ConvNeXt).
-BATCHNORM_LR, OTHER_LR = 5e-4, 5e-5
-ALPHAS = (1, 0.75, 0.5, 0.25, 0)  # shares of fine-tuning that are tried after it; of equal ones the first is kept
+BATCHNORM_LR, OTHER_LR = 3e-4, 5e-5
+ALPHAS = (0.75, 0.5, 0.25, 0)  # what `interpolate` tries besides the fine-tuned weights
 STRONG_PARTS = 16  # parts of a batch; the images of a part share one draw of strong augmentation
 TEMPERATURE_PRIOR = 0.5  # standard deviation of the prior of log(temperature)
 MIX_MIN_IMAGES = 20_000  # with fewer training images, CutMix and MixUp do harm (Kolesnikov et al., ECCV 2020)
@@ -80,8 +80,8 @@ WEIGHTS_HELP = (
 AUGMENT_HELP = (
     "views of each training image, one of them drawn per epoch. none: the image as it is; flip: also its mirror image "
     "(for photographs); dihedral: all flips and quarter turns (for images from above). strong (only with --finetune "
-    "last or all; alone it implies flip) adds TrivialAugmentWide and random erasing, with flip also random crops, and "
-    "from 20,000 training images on CutMix or MixUp in half of the batches"
+    "last or all; alone it implies flip) adds TrivialAugmentWide and random erasing; random crops, except with "
+    "dihedral; and CutMix or MixUp in half of the batches, from 20,000 training images on"
 )
 FINETUNE_HELP = (
     "head: train only the new classifier; last: also the network's last stage; all: the whole network. The classifier "
@@ -89,12 +89,12 @@ FINETUNE_HELP = (
     "best on val are saved (Wortsman et al., CVPR 2022). Pre-trained BatchNorm keeps its statistics"
 )
 ONLY_IF_BETTER_HELP = (
-    "keep the model.pt in OUT, and exit with code 5, if its calibrated loss on val is lower than the new model's: a "
-    "comparison on the images of val, within their noise"
+    "keep the model.pt in OUT, and exit with code 5, if its calibrated loss on val is lower than the new model's. With "
+    "few images in val, the difference may be chance. Images that the old model was trained on are left out"
 )
 EPOCHS_HELP = (
-    f"passes over the training images (default: enough for {HEAD_STEPS} steps, at least {HEAD_MIN_EPOCHS}; with "
-    f"--finetune last or all enough for {FINETUNE_IMAGES:,} images, {FINETUNE_EPOCHS[0]} to {FINETUNE_EPOCHS[1]})"
+    f"passes over the training images (default: enough for {HEAD_STEPS} steps, at least {HEAD_MIN_EPOCHS}; when "
+    f"fine-tuning, {FINETUNE_EPOCHS[0]} to {FINETUNE_EPOCHS[1]}, so that {FINETUNE_IMAGES:,} images are seen in all)"
 )
 TUNE_HELP = (
     "try N settings of learning rate, weight decay, label smoothing and epochs (up to --epochs) side by side, then "
@@ -119,19 +119,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive_int, metavar="N", help=EPOCHS_HELP)
     add("--batch-size", type=positive_int, default=64, metavar="N", help="images per optimizer step")
-    lr = f"peak learning rate of the classifier, with cosine decay to 0 (default: {HEAD_LR:g}; that of --backbone-lr "
-    add("--lr", type=positive_float, metavar="RATE", help=lr + "when fine-tuning)")
+    lr = f"peak learning rate of the classifier, with cosine decay to 0 (default: {HEAD_LR:g}; when "
+    lr += f"fine-tuning, that of --backbone-lr; the classifier alone, trained first, always uses {HEAD_LR:g})"
+    add("--lr", type=positive_float, metavar="RATE", help=lr)
     warmup = "linear warm-up, at most half of the schedule (default: 0; a tenth of the schedule when fine-tuning)"
     add("--warmup", type=non_negative_float, metavar="EPOCHS", help=warmup)
     decay = "decoupled weight decay (AdamW; with 0 it is Adam), not applied to biases and normalization layers"
     add("--weight-decay", type=non_negative_float, default=0, metavar="X", help=decay)
     smoothing = "share of each label that is spread over all classes"
     add("--label-smoothing", type=fraction, default=0, metavar="X", help=smoothing)
-    weights = "balanced: all classes have the same total weight in the loss, and in every choice on val"
+    weights = "balanced: all classes have the same total weight in the loss, and in all that is chosen on val (epoch, "
+    weights += "--tune, temperature, --only-if-better)"
     add("--class-weights", choices=("balanced",), help=weights)
     add("--augment", choices=(*VIEWS, "strong"), nargs="+", default="none", help=AUGMENT_HELP)
     add("--patience", type=positive_int, metavar="N", help="stop after N epochs without improvement on val")
-    minutes = "shorten the schedule to finish within M minutes; the feature pass and one epoch always complete"
+    minutes = (
+        "shorten the schedule to finish within M minutes; the feature pass, one epoch and what is measured in the "
+    )
+    minutes += "end always complete"
     add("--max-minutes", type=positive_float, metavar="M", help=minutes)
     add("--seed", type=seed_number, default=0, metavar="N", help="random seed")
     add = parser.add_argument_group("fine-tuning").add_argument
@@ -200,15 +205,20 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             check_resumable(unfinished, files.settings, args.out)
         if args.restart and RANK == 0:  # not before all input has been read
             (args.out / "last.pt").unlink(missing_ok=True)
-        old = measure_incumbent(incumbent, dataset, device, args) if incumbent else None
+        if incumbent:  # before training, so that a model that cannot be used is reported now
+            log(f"--only-if-better: measuring {args.out / 'model.pt'} on val")
+            precision = checkpoint_precision(incumbent.checkpoint, args.precision)
+            old_model = InferenceModel(incumbent.checkpoint, device, precision)
+            old = measure_on_val(old_model, dataset, incumbent.checkpoint.classes, incumbent.val, args)
         train_model = train_linear_probe if args.finetune == "head" else finetune
         runs, temperature_tta = train_model(model, dataset, cache, args, files, unfinished, deadline)
-        new = measure_on_val(model, dataset, dataset.classes, incumbent.val, args) if incumbent else None
+        if incumbent:
+            new = measure_on_val(model, dataset, dataset.classes, incumbent.val, args)
         if RANK:
             return None  # the first process alone writes the files and the report
         run = best_run(runs)
         row = run.best.row
-        better = new is None or new.calibrated_nll <= old.calibrated_nll
+        better = incumbent is None or new.calibrated_nll <= old.calibrated_nll
         if better:
             files.publish(checkpoint_content(model, dataset, run, temperature_tta, vars(args)), run, args.tune)
         files.write_last({"finished": True})
@@ -222,7 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         **summarize_seeds(runs),
         **({"tuned": asdict(run.hparams)} if args.tune else {}),
         **({"alpha": row["alpha"]} if "alpha" in row else {}),
-        **(compare_with_incumbent(old, new, run, better, args.out / "model.pt") if args.only_if_better else {}),
+        **(dict.fromkeys(("old_val_loss_calibrated", "old_val_acc"), None) if args.only_if_better else {}),
+        **({"kept_old": not better, "val_loss_calibrated": run.best.calibrated_nll} if args.only_if_better else {}),
+        **(compare_models(old, new, args.out / "model.pt") if incumbent else {}),
         "seconds": round(time.monotonic() - start, 1),
     }
     print(json.dumps(report))
@@ -335,8 +347,8 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, Network, UnfinishedRun |
     splits = {}
     for name, (paths, targets) in listing.items():
         splits[name] = Split(paths, torch.tensor(targets), *hash_images(paths, args.workers))
-    warn_of_shared_images(splits)
-    incumbent = Incumbent(old, unseen_images(splits["val"], old, args.out / "model.pt")) if old else None
+    warn_of_shared_images(splits, network)
+    incumbent = Incumbent(old, unseen_images(splits["val"], old, network, args.out / "model.pt")) if old else None
     return Dataset(classes, splits), network, unfinished, incumbent
 
 
@@ -346,14 +358,13 @@ def with_defaults(args: argparse.Namespace, dataset: Dataset, network: Network) 
     if args.finetune == "head":
         defaults = {"epochs": head_epochs(count, args.batch_size), "lr": HEAD_LR, "warmup": 0.0}
         reason = f"{HEAD_STEPS} steps of {args.batch_size} images, at least {HEAD_MIN_EPOCHS} epochs"
-    else:
+    else:  # the warm-up is a tenth of the schedule, however long that turns out to be
         with_norm = any(map(is_batchnorm, network.model.modules()))
         low, high = FINETUNE_EPOCHS
         defaults["epochs"] = min(max(round(FINETUNE_IMAGES / count), low), high)
         reason = f"{FINETUNE_IMAGES:,} images in all, within {low} to {high} epochs"
         defaults["backbone_lr"] = args.backbone_lr or (BATCHNORM_LR if with_norm else OTHER_LR)
         defaults["lr"] = defaults["backbone_lr"]
-        defaults["warmup"] = (args.epochs or defaults["epochs"]) / 10
     chosen = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     if "epochs" in chosen:
         log(f"--epochs {chosen['epochs']} by default: {reason}")
@@ -372,23 +383,30 @@ def is_batchnorm(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
 
 
-def warn_of_shared_images(splits: dict[str, Split]) -> None:
-    """Log a warning if an image is, with the same content, in two splits."""
+def warn_of_shared_images(splits: dict[str, Split], network: Network) -> None:
+    """Log a warning if an image is, with the same content, in two splits, or was used to train the network before."""
     for (one, first), (other, second) in combinations(splits.items(), 2):
         paths = dict(zip(first.sha256, first.paths))
         shared = [f"{path} = {paths[key]}" for path, key in zip(second.paths, second.sha256) if key in paths]
         if shared:
             log(
-                f"warning: {len(shared)} of {len(second)} images of {other} are also in {one}, so its accuracy will be "
-                f"too high; prepare_data.py keeps equal images in one split ({', '.join(shared[:3])})"
+                f"warning: {len(shared)} of {len(second)} images of {other} are also in {one}, so the accuracy on "
+                f"{other} will be too high; prepare_data.py keeps equal images in one split ({', '.join(shared[:3])})"
             )
+    for name, split in splits.items():
+        if name != "train" and (seen := are_among(split.sha256, network.train_hashes).sum().item()):
+            log(f"warning: {seen} of {len(split)} images of {name} were used to train --weights")
 
 
-def unseen_images(val: Split, old: Checkpoint, path: Path) -> Split:
-    """Return the val images on which a model was not trained. Raises UserError if they are fewer than half."""
+def unseen_images(val: Split, old: Checkpoint, network: Network, path: Path) -> Split:
+    """Return the val images on which neither the old model nor the network to be trained was trained.
+
+    Raises UserError if they are fewer than half.
+    """
     if not len(old.train_hashes):
         log(f"--only-if-better: {path} does not say which images it was trained on; some of val may be among them")
-    rows = (~are_among(val.sha256, old.train_hashes)).nonzero()[:, 0].tolist()
+    known = torch.cat([old.train_hashes, network.train_hashes])
+    rows = (~are_among(val.sha256, known)).nonzero()[:, 0].tolist()
     seen = f"{path} was trained on {len(val) - len(rows)} of the {len(val)} images of val"
     if 2 * len(rows) < len(val):
         advice = "if the data were split again, train once without --only-if-better"
@@ -519,16 +537,6 @@ class ValResult(NamedTuple):
     correct: torch.Tensor  # whether each image is classified correctly, bool [N]
 
 
-def measure_incumbent(
-    incumbent: Incumbent, dataset: Dataset, device: torch.device, args: argparse.Namespace
-) -> ValResult | None:
-    """Measure the model in OUT, before training, so that an unusable one is reported now."""
-    log(f"--only-if-better: measuring {args.out / 'model.pt'} on val")
-    checkpoint = incumbent.checkpoint
-    model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
-    return measure_on_val(model, dataset, checkpoint.classes, incumbent.val, args)
-
-
 def measure_on_val(
     model: InferenceModel, dataset: Dataset, classes: list[str], val: Split, args: argparse.Namespace
 ) -> ValResult | None:
@@ -538,28 +546,23 @@ def measure_on_val(
     if RANK:
         return None
     targets = torch.tensor([classes.index(name) for name in dataset.classes])[val.targets]
-    logits, weights = model.forward_cached(features[0][0]).cpu(), class_weights(dataset, args)
-    _, loss = calibrate(logits, targets, None if weights is None else weights[val.targets])
+    logits = model.forward_cached(features[0][0]).cpu()
+    _, loss = calibrate(logits, targets, class_weights(dataset, args)[val.targets])
     return ValResult(loss, logits.argmax(1) == targets)
 
 
-def compare_with_incumbent(
-    old: ValResult | None, new: ValResult | None, run: Run, better: bool, path: Path
-) -> dict[str, Any]:
-    """Log how the new model, of this run, compares with the one in OUT; return the result with its keys in the JSON."""
-    names = ("val_loss_calibrated", "old_val_loss_calibrated", "old_val_acc")
-    if not old:
-        return {"kept_old": False, **dict(zip(names, (run.best.calibrated_nll, None, None)))}
-    n, only_new = len(old.correct), (new.correct & ~old.correct).sum().item()
-    only_old = (old.correct & ~new.correct).sum().item()
-    value, low, high = (f"{100 * share:+.2f}" for share in paired_difference(only_new, only_old, n))
+def compare_models(old: ValResult, new: ValResult, path: Path) -> dict[str, float]:
+    """Log how the new model compares with the one in OUT; return the result with its keys in the JSON line."""
+    only_new, only_old = ((a & ~b).sum().item() for a, b in ((new.correct, old.correct), (old.correct, new.correct)))
+    value, low, high = (f"{100 * share:+.2f}" for share in paired_difference(only_new, only_old, len(old.correct)))
     log(
-        f"{'replaced' if better else 'kept'} the old {path}: on {n} images of val its calibrated loss is "
-        f"{old.calibrated_nll:.4f}, that of the new model {new.calibrated_nll:.4f}, whose accuracy differs by {value} "
-        f"points (95% interval {low} to {high})"
+        f"{path} on {len(old.correct)} images of val: calibrated loss {old.calibrated_nll:.4f}, new model "
+        f"{new.calibrated_nll:.4f}; accuracy, new minus old: {value} points (95% interval {low} to {high}); "
+        f"{'the old model is kept' if new.calibrated_nll > old.calibrated_nll else 'it is replaced'}"
     )
-    numbers = new.calibrated_nll, old.calibrated_nll, old.correct.double().mean().item()
-    return {"kept_old": not better, **dict(zip(names, numbers))}
+    losses = {"val_loss_calibrated": new.calibrated_nll, "old_val_loss_calibrated": old.calibrated_nll}
+    accuracies = (result.correct.double().mean().item() for result in (new, old))
+    return {**losses, **dict(zip(("val_acc", "old_val_acc"), accuracies))}  # of the same images
 
 
 def open_cache(model: InferenceModel, args: argparse.Namespace) -> FeatureCache:
@@ -611,9 +614,9 @@ class TrainOptions:
 
     batch_size: int
     seed: int
-    warmup: float = 0  # epochs of linear warm-up, at most half of the schedule
+    class_weights: torch.Tensor  # [C], in the loss and in the choices on val
+    warmup: float | None = 0  # epochs of linear warm-up, at most half of the schedule; None: a tenth of it
     patience: int | None = None  # epochs without improvement on val after which to stop
-    class_weights: torch.Tensor | None = None  # [C], of each class in the loss and in the choices on val
     deadline: float = math.inf  # the value of time.monotonic() by which to finish
 
 
@@ -690,7 +693,7 @@ def train_one_epoch(
     options: TrainOptions,
 ) -> None:
     """Train the active models for one epoch of a schedule that ends after `limit` epochs at the latest."""
-    weights = None if options.class_weights is None else options.class_weights.to(learner.device)
+    weights = options.class_weights.to(learner.device)
     smoothing = torch.tensor([runs[index].hparams.label_smoothing for index in active], device=learner.device)
     losses, steps = [], learner.steps_per_epoch
     for step, (inputs, targets, loss_weight) in enumerate(learner.train_batches(epoch)):
@@ -729,7 +732,7 @@ def evaluate(learner: Learner, split: str, active: list[int], options: TrainOpti
     results = [Measurement(count, loss, acc) for loss, acc in pairs]
     if kept:
         logits, targets = (torch.cat(parts) for parts in zip(*kept))
-        weights = None if options.class_weights is None else options.class_weights[targets]
+        weights = options.class_weights[targets]
         for result, own in zip(results, logits.unbind(1)):
             result.temperature, result.calibrated_nll = calibrate(own, targets, weights)
     return results
@@ -747,16 +750,16 @@ def make_epoch(epoch: int, rate: float, measured: dict[str, Measurement], second
 
 
 def epochs_until(deadline: float, runs: Sequence[Run], done: int) -> float:
-    """Return how many epochs, `done` included, fit before the deadline, estimated from the last epoch's duration."""
-    longest = max((run.history[-1]["seconds"] for run in runs if run.history), default=0)
+    """Return how many epochs, `done` included, fit before the deadline, estimated from the longest of the last ones."""
+    longest = max((row["seconds"] for run in runs for row in run.history[-TEST_EVERY:]), default=0)
     if deadline == math.inf or not longest:
         return math.inf
     return done + int(max(0, deadline - time.monotonic()) / (1.05 * longest))
 
 
-def lr_factor(epochs: float, length: float, warmup: float) -> float:
+def lr_factor(epochs: float, length: float, warmup: float | None) -> float:
     """Return the learning-rate multiplier after `epochs` epochs: linear warm-up, then half a cosine down to 0."""
-    warmup = min(warmup, length / 2)
+    warmup = length / 10 if warmup is None else min(warmup, length / 2)
     if epochs < warmup:
         return max(epochs / warmup, 0.01)
     return 0.5 * (1 + math.cos(math.pi * min(1, (epochs - warmup) / (length - warmup))))
@@ -791,7 +794,7 @@ def balanced_weights(targets: torch.Tensor) -> torch.Tensor:
 
 
 def cross_entropies(
-    logits: torch.Tensor, targets: torch.Tensor, smoothing: torch.Tensor, weights: torch.Tensor | None
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Return the mean cross entropy [A] in nats of each of A models.
 
@@ -804,24 +807,22 @@ def cross_entropies(
         targets = torch.nn.functional.one_hot(targets, num_classes).to(logits.dtype)
     smoothed = targets[:, None] * (1 - smoothing[:, None]) + smoothing[:, None] / num_classes
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), smoothed.flatten(0, 1), reduction="none")
-    loss = loss.view(logits.shape[:2])
-    return loss.mean(0) if weights is None else (loss * (targets @ weights)[:, None]).mean(0)
+    return (loss.view(logits.shape[:2]) * (targets @ weights)[:, None]).mean(0)
 
 
-def calibrate(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> tuple[float, float]:
+def calibrate(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
     """Return the temperature for logits [N, C] with class indices [N], and the cross entropy in nats at it.
 
     The logits are to be divided by the temperature (temperature scaling; Guo et al., ICML 2017). It minimizes the mean
-    cross entropy, with image weights [N] if given, plus the negative logarithm of a prior, divided by N: a normal
-    distribution of log(temperature) with a standard deviation of TEMPERATURE_PRIOR. Without it, few images without an
-    error would give a temperature of 0.
+    cross entropy with image weights [N], plus the negative logarithm of a prior, divided by the effective number of
+    images: a normal distribution of log(temperature) with a standard deviation of TEMPERATURE_PRIOR. Without the prior,
+    a few images without an error would give a temperature of 0. Of several minima, it is one near 1.
     """
     logits, own = logits.double(), logits.gather(1, targets[:, None]).double()[:, 0]
     if not logits.isfinite().all():
         return 1.0, math.inf
-    count = len(targets)
-    weights = torch.full((count,), 1 / count) if weights is None else weights / weights.sum()
-    weights, precision = weights.double(), 1 / (TEMPERATURE_PRIOR**2 * count)
+    weights = weights.double() / weights.sum()
+    precision = weights.square().sum().item() / TEMPERATURE_PRIOR**2  # N equal weights have a sum of squares of 1 / N
     log_inverse = 0.0  # the logarithm of 1 / temperature, optimized by Newton's method
     for _ in range(100):
         inverse = math.exp(log_inverse)
@@ -935,12 +936,13 @@ def train_linear_probe(
 def train_options(args: argparse.Namespace, dataset: Dataset, deadline: float) -> TrainOptions:
     """Return the training options of the command line."""
     weights = class_weights(dataset, args)
-    return TrainOptions(args.batch_size, args.seed, args.warmup, args.patience, weights, deadline)
+    return TrainOptions(args.batch_size, args.seed, weights, args.warmup, args.patience, deadline)
 
 
-def class_weights(dataset: Dataset, args: argparse.Namespace) -> torch.Tensor | None:
-    """Return the class weights [C] of --class-weights, or None."""
-    return balanced_weights(dataset.splits["train"].targets) if args.class_weights == "balanced" else None
+def class_weights(dataset: Dataset, args: argparse.Namespace) -> torch.Tensor:
+    """Return the class weights [C] of the command line."""
+    balanced = args.class_weights == "balanced"
+    return balanced_weights(dataset.splits["train"].targets) if balanced else torch.ones(len(dataset.classes))
 
 
 def calibration_sample(dataset: Dataset, views: Sequence[View]) -> Split | None:
@@ -948,7 +950,7 @@ def calibration_sample(dataset: Dataset, views: Sequence[View]) -> Split | None:
     if "val" not in dataset.splits or len(views) == 1:
         return None
     val = dataset.splits["val"]
-    return val.every(math.ceil(len(val) / CALIBRATION_SAMPLE))
+    return val.select(range(0, len(val), math.ceil(len(val) / CALIBRATION_SAMPLE)))
 
 
 def calibrate_views(model: InferenceModel, features: torch.Tensor, sample: Split, options: TrainOptions) -> float:
@@ -957,9 +959,8 @@ def calibrate_views(model: InferenceModel, features: torch.Tensor, sample: Split
     The average has a temperature of its own (Rahaman and Thiery, Uncertainty quantification and deep ensembles, NeurIPS
     2021): disagreement between the views already lowers its confidence.
     """
-    weights = None if options.class_weights is None else options.class_weights[sample.targets]
     logits = average_views(model.forward_cached(view) for view in features)
-    return calibrate(logits, sample.targets, weights)[0]
+    return calibrate(logits, sample.targets, options.class_weights[sample.targets])[0]
 
 
 def label_features(dataset: Dataset, features: list[torch.Tensor], device: torch.device) -> ProbeData:
@@ -1081,9 +1082,8 @@ def tune(
         lr, length = base.lr * 10 ** (2 * rate - 1), math.ceil(base.epochs / 2 ** int(3 * epochs))
         candidates.append(HParams(lr, 10 ** (2 * decay - 2), 0.05 * int(3 * smoothing), length))
     start = time.monotonic()
-    options = replace(
-        options, deadline=start + (options.deadline - start) * 2 / 3
-    )  # the last third is for the final training
+    # The last third of the time is for the final training.
+    options = replace(options, deadline=start + (options.deadline - start) * 2 / 3)
     probes = LinearProbes(head, data, options, count)
     runs = fit(probes, [Run(hparams, options.seed) for hparams in candidates], ["val"], options)
     winner = max(range(count), key=lambda index: selection_key(runs[index].best))
@@ -1174,7 +1174,7 @@ def finetune(
     del features
     learner = FineTuner(
         *(model, head, dataset, options, augmentation, args.finetune, args.backbone_lr, args.clip_norm),
-        test_every=math.ceil(args.epochs / TEST_ROWS),
+        test_every=min(math.ceil(args.epochs / 5), TEST_EVERY),
         learn_statistics=args.weights == "none",
         workers=args.workers,
     )
@@ -1186,9 +1186,7 @@ def finetune(
         advice = f"--batch-size {args.batch_size // 2}" if args.batch_size > WORLD_SIZE else "a smaller --image-size"
         batches = f"batches of {args.batch_size} images of {model.preprocessing['size']} pixels"
         raise UserError(f"not enough memory on {model.device} for {batches}: try {advice}") from None
-    # Between two networks with different BatchNorm statistics, those of a mixture would be unknown.
-    alphas = (1, 0) if args.weights == "none" else ALPHAS
-    run = interpolate(learner, before, run, alphas, options)
+    run = interpolate(learner, before, run, options)
     learner.load_state_dict(run.best.weights)
     trained = learner.updated_model()
     fold_standardization(learner.network.head, trained.head)
@@ -1201,41 +1199,41 @@ def finetune(
     return [run], calibrate_views(trained, features[0], sample, options) if features else 1.0
 
 
-def interpolate(
-    learner: FineTuner, before: dict[str, torch.Tensor], run: Run, alphas: Sequence[float], options: TrainOptions
-) -> Run:
+def interpolate(learner: FineTuner, before: dict[str, torch.Tensor], run: Run, options: TrainOptions) -> Run:
     """Return the run with the best weights on the line from the network before fine-tuning to its best epoch.
 
     The weights are (1 - alpha) * before + alpha * after, with the alpha that is best on val (WiSE-FT; Wortsman et al.,
     CVPR 2022); alpha 0 is the classifier alone, so that fine-tuning never ends worse on val than it began. Without val,
-    alpha is 1. The saved epoch's row of the history gets its numbers on test, if it lacks them.
+    alpha is 1. If the best epoch lacks its numbers on test, they are measured.
     """
-    after = run.best.weights
+    row, splits = run.best.row, list(learner.targets)
+    after = {key: value.to(learner.device) for key, value in run.best.weights.items()}  # on the CPU if read from a file
 
-    def measure(alpha: float, splits: Sequence[str]) -> tuple[dict[str, torch.Tensor], Epoch]:
+    def measure(alpha: float, splits: Sequence[str]) -> Epoch:
         # Integers, such as the number of batches that BatchNorm has seen, cannot be interpolated.
-        weights = {
-            key: torch.lerp(before[key], value, alpha) if value.is_floating_point() else value
-            for key, value in after.items()
-        }
+        pairs = ((key, before[key], value) for key, value in after.items())
+        weights = {key: torch.lerp(a, b, alpha) if b.is_floating_point() else b for key, a, b in pairs}
         learner.load_state_dict(weights)
         measured = {split: evaluate(learner, split, [0], options)[0] for split in splits}
-        return weights, make_epoch(run.best.row["epoch"], run.best.row["lr"], measured, run.best.row["seconds"])
+        return replace(make_epoch(row["epoch"], row["lr"], measured, row["seconds"]), weights=weights)
 
-    alpha, splits = 1, list(learner.targets)
-    if "val" in learner.targets:
-        keys = {alpha: selection_key(measure(alpha, ["val"])[1]) for alpha in alphas}
-        alpha = max(alphas, key=keys.get)
-        losses = ", ".join(f"{alpha:g}: {-keys[alpha]:.4f}" for alpha in reversed(alphas))
-        log(f"calibrated val loss between the classifier alone (0) and fine-tuned (1): {losses}; saved: {alpha:g}")
-    history = run.history
-    if "test" in splits:
-        row = measure(1, ["test"])[1].row
-        on_test = {key: row[key] for key in ("test_loss", "test_acc")}
-        history = [other | on_test if other["epoch"] == row["epoch"] else other for other in history]
-    weights, best = measure(alpha, splits)
-    best = replace(best, row=best.row | {"alpha": alpha}, weights=weights)
-    log(f"the saved model: {format_metrics(best.row)}")
+    if "test" in splits and row["test_loss"] is None:
+        on_test = measure(1, ["test"]).row
+        row |= {key: on_test[key] for key in ("test_loss", "test_acc")}
+        row["measured"] |= on_test["measured"]
+    history = [row if other["epoch"] == row["epoch"] else other for other in run.history]
+    best, keys = run.best, {1: selection_key(run.best)}
+    if "val" in splits:
+        # Between two networks with different BatchNorm statistics, those of a mixture are unknown.
+        alphas = (0,) if any(map(is_batchnorm, learner.in_train_mode)) else ALPHAS
+        keys |= {alpha: selection_key(measure(alpha, ["val"])) for alpha in alphas}
+        alpha = max(keys, key=keys.get)
+        losses = ", ".join(f"{alpha:g}: {-keys[alpha]:.4f}" for alpha in sorted(keys))
+        log(f"calibrated val loss from the classifier alone (alpha 0) to fine-tuned (1): {losses}; saved: {alpha:g}")
+        if alpha != 1:
+            best = measure(alpha, splits)
+            log(f"the saved model: {format_metrics(best.row)}")
+        best = replace(best, row=best.row | {"alpha": alpha})
     return replace(run, history=history, best=best)
 
 
@@ -1429,9 +1427,8 @@ def last_stage_modules(backbone: torch.nn.Module, size: int) -> list[str]:
     for hook in hooks:
         hook.remove()
     layers = [name for name in sides if any(True for _ in backbone.get_submodule(name).parameters(recurse=False))]
-    smallest = sorted({sides[name][1] for name in layers} - {None, 1})[
-        :2
-    ]  # maps of 1x1 come from squeeze-and-excitation
+    # Maps of 1x1 come from squeeze-and-excitation.
+    smallest = sorted({sides[name][1] for name in layers} - {None, 1})[:2]
     stage = (name for name in started if sides.get(name, (0, 0))[0] in smallest and sides[name][1] == smallest[0])
     first = next(stage, None)
     if first is None or len(smallest) < 2:
@@ -1550,11 +1547,8 @@ def trivial_augment(side: int) -> v2.Transform:
     """
     transform = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
 
-    def shifts(bins: int, _height: int, _width: int) -> torch.Tensor:
-        return torch.linspace(0, side / 7, bins)
-
     # The attribute is private, but the same from torchvision 0.21 to 0.29; a test notices if it changes.
-    bounded = dict.fromkeys(("TranslateX", "TranslateY"), (shifts, True))
+    bounded = dict.fromkeys(("TranslateX", "TranslateY"), (lambda bins, *_: torch.linspace(0, side / 7, bins), True))
     transform._AUGMENTATION_SPACE = {**transform._AUGMENTATION_SPACE, **bounded}
     return transform
 

@@ -3,6 +3,7 @@
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -569,9 +570,9 @@ def test_default_epochs_depend_on_the_data(run, similar_tree, tmp_path):
     assert result.json["epochs"] == 56 and "--epochs 56 by default: 500 steps" in result.err
     assert load_pt(tmp_path / "head" / "model.pt")["args"]["lr"] == 1e-3
     result = run("train", *args, "--finetune", "all", "--max-minutes", 1e-6, "--out", tmp_path / "all")
-    assert "--epochs 100 by default: 128,000 images" in result.err and "--backbone-lr 0.0005 by default" in result.err
+    assert "--epochs 100 by default: 128,000 images" in result.err and "--backbone-lr 0.0003 by default" in result.err
     chosen = load_pt(tmp_path / "all" / "model.pt")["args"]
-    assert (chosen["epochs"], chosen["lr"], chosen["backbone_lr"], chosen["warmup"]) == (100, 5e-4, 5e-4, 10)
+    assert (chosen["epochs"], chosen["lr"], chosen["backbone_lr"], chosen["warmup"]) == (100, 3e-4, 3e-4, None)
     args = ["--data", similar_tree, "--arch", "vit_b_32", *SMALL[2:], "--finetune", "last", "--epochs", 1]
     assert "--backbone-lr 5e-05 by default" in run("train", *args, "--out", tmp_path / "vit").err
 
@@ -714,12 +715,12 @@ def test_finetuning_never_ends_worse_than_the_classifier_alone(run, similar_tree
     """A rate that destroys the network: the weights before fine-tuning are saved, with their own accuracy."""
     args = ["--data", similar_tree, *SMALL, "--weights", random_weights, "--epochs", 6, "--finetune", "all"]
     result = run("train", *args, "--backbone-lr", 0.3, "--out", tmp_path / "out")
-    (line,) = [line for line in result.err.splitlines() if "between the classifier alone" in line]
+    (line,) = [line for line in result.err.splitlines() if "from the classifier alone" in line]
     losses = dict(re.findall(r"([\d.]+): ([\d.]+)", line))
     assert list(losses) == ["0", "0.25", "0.5", "0.75", "1"] and result.json["alpha"] == 0
     assert float(losses["0"]) == min(map(float, losses.values()))
     again = run("train", *args, "--backbone-lr", 0.3, "--lr", 1e-6, "--out", tmp_path / "again")
-    assert f"(1): 0: {losses['0']}, " in again.err  # --lr is not the rate of the classifier alone
+    assert f"fine-tuned (1): 0: {losses['0']}, " in again.err  # --lr is not the rate of the classifier alone
     checkpoint, before = load_pt(tmp_path / "out" / "model.pt"), load_pt(random_weights)
     assert changed_parts(before, checkpoint["state_dict"]) == {"fc"}
     loss, accuracy = measure(tmp_path / "out" / "model.pt", similar_tree / "test")
@@ -732,9 +733,10 @@ def test_interpolated_weights(run, similar_tree, random_weights, tmp_path, monke
     import train
 
     args = ["--data", similar_tree, *SMALL, "--weights", random_weights, "--epochs", 2, "--finetune", "last"]
-    weights = {}
+    weights, count = {}, itertools.count()
+    monkeypatch.setattr(train, "selection_key", lambda epoch: next(count))  # the last that is measured is the best
     for alpha in (0, 0.5, 1):
-        monkeypatch.setattr(train, "ALPHAS", (alpha,))
+        monkeypatch.setattr(train, "ALPHAS", (alpha,) if alpha < 1 else ())
         result = run("train", *args, "--out", tmp_path / str(alpha)).json
         assert result["alpha"] == alpha
         weights[alpha] = load_pt(tmp_path / str(alpha) / "model.pt")["state_dict"]
@@ -744,14 +746,18 @@ def test_interpolated_weights(run, similar_tree, random_weights, tmp_path, monke
     assert changed_parts(weights[0], weights[1]) == {"layer4", "fc"}
 
 
-def test_finetuning_measures_test_now_and_then(run, similar_tree, tmp_path):
+def test_finetuning_measures_test_now_and_then(run, similar_tree, tmp_path, monkeypatch):
     """Every third of 11 epochs, the last and the saved one; val in each, and train on a sample."""
+    import train
+
+    monkeypatch.setattr(train, "TRAIN_SAMPLE", 30)
     args = ["--data", similar_tree, *TINY, "--epochs", 11, "--finetune", "last"]
     result = run("train", *args, "--out", tmp_path / "out").json
     rows = history(tmp_path / "out")
     measured = [int(row["epoch"]) for row in rows if row["test_acc"]]
     assert measured == sorted({3, 6, 9, 11, result["best_epoch"]})
     assert all(row["val_acc"] and row["train_acc"] for row in rows)
+    assert load_pt(tmp_path / "out" / "model.pt")["metrics"]["measured"] == {"train": 24, "val": 90, "test": 90}
 
 
 @pytest.mark.slow
@@ -822,15 +828,16 @@ def test_only_if_better(run, similar_tree, tmp_path):
     worse = run("train", *args, "--epochs", 1, "--lr", 1e-9, code=5)
     assert (worse.json["kept_old"], worse.json["old_val_acc"]) == (True, first["val_acc"])
     assert worse.json["val_loss_calibrated"] > worse.json["old_val_loss_calibrated"]
-    assert "90 remembered" in worse.err and "kept the old" in worse.err  # both models have the same backbone
-    assert re.search(r"differs by -[\d.]+ points \(95% interval -[\d.]+ to [+-][\d.]+\)", worse.err)
+    assert "90 remembered" in worse.err and "the old model is kept" in worse.err  # both models have the same backbone
+    assert re.search(r"new minus old: -[\d.]+ points \(95% interval -[\d.]+ to [+-][\d.]+\)", worse.err)
     assert {name: (out / name).read_bytes() for name in before} == before and load_pt(out / "last.pt")["finished"]
     again = run("train", *args, "--epochs", 8, "--lr", 0.01).json
-    assert (again["kept_old"], again["old_val_acc"]) == (False, first["val_acc"])
+    assert (again["kept_old"], again["old_val_acc"], again["val_acc"]) == (False, first["val_acc"], first["val_acc"])
     assert again["val_loss_calibrated"] == again["old_val_loss_calibrated"]
     tuned = run("train", *args, "--epochs", 2, "--finetune", "last", code=None).json
     assert tuned["old_val_acc"] == first["val_acc"]
-    assert tuned["kept_old"] == (tuned["val_loss_calibrated"] > tuned["old_val_loss_calibrated"])
+    old, new = tuned["old_val_loss_calibrated"], tuned["val_loss_calibrated"]
+    assert old == again["val_loss_calibrated"] != new and tuned["kept_old"] == (new > old)
 
 
 def test_only_if_better_after_another_split(run, tree, tmp_path):
@@ -843,7 +850,9 @@ def test_only_if_better_after_another_split(run, tree, tmp_path):
     train_images = sorted((data / "train").glob("*/*"))
     for number, path in enumerate(train_images[:6]):  # of 6 + 12 images of val, the old model was trained on 6
         path.rename(data / "val" / path.parent.name / path.name)
-    log = run("train", *args, code=None).err
+    result = run("train", *args, code=None)
+    log = result.err
+    assert (12 * result.json["val_acc"]).is_integer() and (12 * result.json["old_val_acc"]).is_integer()
     assert "was trained on 6 of the 18 images of val, which are left out" in log and "on 12 images of val" in log
     shutil.rmtree(out)
     run("train", *args)

@@ -64,10 +64,10 @@ def test_best_run_has_the_best_epoch():
 def test_patience():
     def continues(epochs, best, patience):
         run = train.Run(HPARAMS, 0, [{}] * epochs, make_epoch(best, 1.0, 1.0))
-        return train.has_patience(run, train.TrainOptions(8, 0, patience=patience))
+        return train.has_patience(run, train.TrainOptions(8, 0, torch.ones(2), patience=patience))
 
     assert continues(9, 1, None) and continues(4, 2, 3) and not continues(5, 2, 3)
-    assert train.has_patience(train.Run(HPARAMS, 0), train.TrainOptions(8, 0, patience=1))
+    assert train.has_patience(train.Run(HPARAMS, 0), train.TrainOptions(8, 0, torch.ones(2), patience=1))
 
 
 def test_epochs_until_a_deadline():
@@ -81,16 +81,14 @@ def test_epochs_until_a_deadline():
 # ---------------------------------------------------------------- loss and optimizer
 
 
-@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0, 1.0, 3.0])])
+@pytest.mark.parametrize("weights", [torch.ones(4), torch.tensor([0.5, 2.0, 1.0, 3.0])])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_cross_entropies_agree_with_torch(weights, kind):
     """Each image counts by the weight of its own class, whatever the smoothing."""
     logits, smoothing = random_tensor(12, 3, 4), torch.tensor([0.0, 0.1, 0.3])
     targets = torch.arange(12) % 4 if kind == "indices" else random_tensor(12, 4, seed=1).softmax(1)
     losses = train.cross_entropies(logits, targets, smoothing, weights)
-    image_weights = torch.ones(12)
-    if weights is not None:
-        image_weights = weights[targets] if kind == "indices" else (targets * weights).sum(1)
+    image_weights = weights[targets] if kind == "indices" else (targets * weights).sum(1)
     for model, share in enumerate(smoothing.tolist()):
         plain = nn.functional.cross_entropy(logits[:, model], targets, reduction="none", label_smoothing=share)
         assert losses[model].item() == pytest.approx((image_weights * plain).mean().item(), abs=1e-6)
@@ -152,17 +150,18 @@ def test_loss_that_is_not_finite_names_the_learning_rates():
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_calibrate_finds_the_best_temperature(weighted):
-    """Compare with a search over a fine grid, with the prior of the temperature."""
+    """Compare with a search over a fine grid, with the prior of the temperature and the effective number of images."""
     targets = torch.arange(300) % 5
     weights = 1 + 9 * (targets == 0) if weighted else torch.ones(300)
-    for scale, count in ((0.3, 300), (1, 300), (6, 300), (1000, 300), (0.01, 300), (4, 20), (0.1, 20)):
+    for scale, count in ((0.3, 300), (1, 300), (6, 300), (1000, 300), (0.1, 300), (4, 20), (0.1, 20)):
         logits = scale * (random_tensor(300, 5) + 1.5 * nn.functional.one_hot(targets, 5))[:count]
         rows = torch.arange(count)
-        temperature, loss = train.calibrate(logits, targets[:count], weights[:count] if weighted else None)
+        temperature, loss = train.calibrate(logits, targets[:count], weights[:count])
+        effective = weights[:count].sum() ** 2 / weights[:count].square().sum()
         grid = torch.logspace(-3, 3, 6001, dtype=torch.float64)
         shares = (logits / grid[:, None, None]).log_softmax(2)[:, rows, targets[:count]]
         losses = -(shares * weights[:count]).sum(1) / weights[:count].sum()
-        best = (losses + grid.log().square() / (2 * 0.5**2 * count)).argmin()
+        best = (losses + grid.log().square() / (2 * 0.5**2 * effective)).argmin()
         assert temperature == pytest.approx(grid[best].item(), rel=0.01)
         assert loss == pytest.approx(losses[best].item(), rel=0.01)
 
@@ -174,7 +173,7 @@ def test_temperature_of_a_tiny_val():
         generator = torch.Generator().manual_seed(0)
         logits = 3 * torch.randn(repeats, count, 10, generator=generator)
         targets = torch.multinomial(logits.softmax(2).flatten(0, 1), 1, generator=generator).view(repeats, count)
-        return torch.tensor([train.calibrate(*pair)[0] for pair in zip(logits, targets)])
+        return torch.tensor([train.calibrate(*pair, torch.ones(count))[0] for pair in zip(logits, targets)])
 
     few = temperatures(30, 200)
     assert 0.55 < few.min() and 0.6 < few.quantile(0.05) and few.quantile(0.95) < 1.6
@@ -183,20 +182,20 @@ def test_temperature_of_a_tiny_val():
 
 def test_calibrate_without_errors_and_without_numbers():
     targets = torch.arange(3)
-    temperatures = [train.calibrate(scale * torch.eye(3), targets)[0] for scale in (1, 4, 16)]
+    temperatures = [train.calibrate(scale * torch.eye(3), targets, torch.ones(3))[0] for scale in (1, 4, 16)]
     assert 0.3 < temperatures[0] < 1 and 0.3 < min(temperatures) and temperatures[2] == pytest.approx(1, abs=0.01)
-    assert train.calibrate(torch.full((3, 3), math.nan), targets) == (1.0, math.inf)
+    assert train.calibrate(torch.full((3, 3), math.nan), targets, torch.ones(3)) == (1.0, math.inf)
 
 
-def test_class_weights_choose_the_epoch():
+def test_class_weights_apply_to_the_calibrated_loss():
     """The calibrated loss on val has the class weights of the training; the plain loss and the accuracy do not."""
     data = {"val": train.LabeledFeatures(features_of_many_scales(views=1), torch.arange(50) % 5 // 4)}
     data["train"] = data["val"]
     head = train.standardized_head(nn.Linear(6, 2), data["train"].features)
     weights = train.balanced_weights(data["train"].targets)
-    options = train.TrainOptions(8, 0, class_weights=weights)
+    options, equal = (train.TrainOptions(8, 0, own) for own in (weights, torch.ones(2)))
     learner = train.LinearProbes(head, data, options)
-    (measured,), (plain,) = (train.evaluate(learner, "val", [0], o) for o in (options, train.TrainOptions(8, 0)))
+    (measured,), (plain,) = (train.evaluate(learner, "val", [0], own) for own in (options, equal))
     logits, targets = head(data["val"].features[0]).detach(), data["val"].targets
     assert measured.calibrated_nll == pytest.approx(train.calibrate(logits, targets, weights[targets])[1])
     assert measured.loss == plain.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
@@ -252,7 +251,7 @@ def test_probes_side_by_side_learn_as_alone(bias):
         train.HParams(0.01, 0.1, 0.1, 2),
         train.HParams(0.03, 0.0, 0.2, 3),
     ]
-    options = train.TrainOptions(batch_size=8, seed=0)
+    options = train.TrainOptions(8, 0, torch.ones(3))
     together = train.fit(
         train.LinearProbes(head, data, options, count=3),
         [train.Run(hparams, 0) for hparams in configurations],
@@ -362,23 +361,26 @@ class UnchangedImages(nn.Identity):
     _AUGMENTATION_SPACE = {}
 
 
-@pytest.mark.parametrize("side", [64, 224])
-def test_trivial_augment_moves_images_by_a_seventh(side):
-    """A white line across a black image is found again, at most a seventh away, whichever transform was drawn."""
+@pytest.mark.parametrize("name, side", [("TranslateX", 64), ("TranslateY", 224)])
+def test_trivial_augment_moves_images_by_a_seventh(name, side):
+    """A white line across a black image is found again, at most a seventh away."""
     pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8)
     pixels[..., side // 2] = 255
+    pixels = pixels if name == "TranslateX" else pixels.mT
     transform, moved = train.trivial_augment(side), []
-    space = transform._AUGMENTATION_SPACE
-    transform._AUGMENTATION_SPACE = {"TranslateX": space["TranslateX"]}
+    assert transform._AUGMENTATION_SPACE.keys() > {"TranslateX", "TranslateY", "Rotate", "Color"}
+    transform._AUGMENTATION_SPACE = {name: transform._AUGMENTATION_SPACE[name]}
     torch.manual_seed(0)
     for _ in range(100):
-        moved.append(abs(transform(pixels)[0, 0, side // 2].argmax().item() - side // 2))
-    assert 0.8 * side / 7 < max(moved) <= math.ceil(side / 7) and space.keys() > {"TranslateY", "Rotate", "Color"}
+        image = transform(pixels)[0, 0]
+        line = image[side // 2] if name == "TranslateX" else image[:, side // 2]
+        moved.append(abs(line.argmax().item() - side // 2))
+    assert 0.8 * side / 7 < max(moved) <= math.ceil(side / 7)
 
 
-def test_every_second_image():
+def test_chosen_images():
     split = common.Split(["a", "b", "c"], torch.tensor([0, 1, 2]), ["x", "y", "z"], [(1, 1), (2, 2), (3, 3)])
-    part = split.every(2)
+    part = split.select(range(0, 3, 2))
     assert (part.paths, part.sha256, part.stamps) == (["a", "c"], ["x", "z"], [(1, 1), (3, 3)])
     assert part.targets.tolist() == [0, 2] and len(part) == 2
 
