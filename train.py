@@ -2,8 +2,9 @@
 
 Reads DATA/train/<class>/*, and DATA/val and DATA/test if they exist; writes OUT/model.pt, OUT/last.pt and
 OUT/history.csv. The frozen network runs once over each view of each image; AdamW then trains the classifier on the
-cached features. With --finetune the network is trained too, starting from that classifier. The best epoch is chosen on
-val, and after fine-tuning the best mixture of the weights before and after it; test is only reported. The last line on stdout is one JSON object.
+cached features. With --finetune the network is trained too, starting from that classifier, and a mixture of the weights
+before and after it is saved. Val decides which epoch and which mixture; test is only reported. The last line on stdout
+is one JSON object.
 
 To train with several processes: torchrun --nproc-per-node N train.py ...
 """
