@@ -208,18 +208,25 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             (args.out / "last.pt").unlink(missing_ok=True)
         if incumbent:  # before training, so that a model that cannot be used is reported now
             log(f"--only-if-better: measuring {args.out / 'model.pt'} on val")
-            precision = checkpoint_precision(incumbent.checkpoint, args.precision)
-            old_model = InferenceModel(incumbent.checkpoint, device, precision)
-            old = measure_on_val(old_model, dataset, incumbent.checkpoint.classes, incumbent.val, args)
+            checkpoint, val = incumbent.checkpoint, incumbent.val
+            old_model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
+            old = measure_on_val(old_model, dataset, checkpoint.classes, val, args)
+            del old_model  # to free memory
         train_model = train_linear_probe if args.finetune == "head" else finetune
         runs, temperature_tta = train_model(model, dataset, cache, args, files, unfinished, deadline)
         if incumbent:
-            new = measure_on_val(model, dataset, dataset.classes, incumbent.val, args)
+            new = measure_on_val(model, dataset, dataset.classes, val, args)
         if RANK:
             return None  # the first process alone writes the files and the report
         run = best_run(runs)
         row = run.best.row
-        better = incumbent is None or new.calibrated_nll <= old.calibrated_nll
+        comparison = {}
+        if incumbent:
+            comparison = compare_models(old, new, args.out / "model.pt")
+        elif args.only_if_better:
+            comparison = {"kept_old": False, "old_val_acc": None, "old_val_loss_calibrated": None}
+            comparison["val_loss_calibrated"] = run.best.calibrated_nll
+        better = not comparison.get("kept_old")
         if better:
             files.publish(checkpoint_content(model, dataset, run, temperature_tta, vars(args)), run, args.tune)
         files.write_last({"finished": True})
@@ -233,9 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         **summarize_seeds(runs),
         **({"tuned": asdict(run.hparams)} if args.tune else {}),
         **({"alpha": row["alpha"]} if "alpha" in row else {}),
-        **(dict.fromkeys(("old_val_loss_calibrated", "old_val_acc"), None) if args.only_if_better else {}),
-        **({"kept_old": not better, "val_loss_calibrated": run.best.calibrated_nll} if args.only_if_better else {}),
-        **(compare_models(old, new, args.out / "model.pt") if incumbent else {}),
+        **comparison,
         "seconds": round(time.monotonic() - start, 1),
     }
     print(json.dumps(report))
@@ -552,18 +557,19 @@ def measure_on_val(
     return ValResult(loss, logits.argmax(1) == targets)
 
 
-def compare_models(old: ValResult, new: ValResult, path: Path) -> dict[str, float]:
-    """Log how the new model compares with the one in OUT; return the result with its keys in the JSON line."""
+def compare_models(old: ValResult, new: ValResult, path: Path) -> dict[str, Any]:
+    """Compare the new model with the one in OUT: log and return the result, with its keys in the JSON line."""
+    kept_old = new.calibrated_nll > old.calibrated_nll
     only_new, only_old = ((a & ~b).sum().item() for a, b in ((new.correct, old.correct), (old.correct, new.correct)))
     value, low, high = (f"{100 * share:+.2f}" for share in paired_difference(only_new, only_old, len(old.correct)))
     log(
         f"{path} on {len(old.correct)} images of val: calibrated loss {old.calibrated_nll:.4f}, new model "
         f"{new.calibrated_nll:.4f}; accuracy, new minus old: {value} points (95% interval {low} to {high}); "
-        f"{'the old model is kept' if new.calibrated_nll > old.calibrated_nll else 'it is replaced'}"
+        f"{'the old model is kept' if kept_old else 'it is replaced'}"
     )
-    losses = {"val_loss_calibrated": new.calibrated_nll, "old_val_loss_calibrated": old.calibrated_nll}
-    accuracies = (result.correct.double().mean().item() for result in (new, old))
-    return {**losses, **dict(zip(("val_acc", "old_val_acc"), accuracies))}  # of the same images
+    val_acc, old_val_acc = (result.correct.double().mean().item() for result in (new, old))  # of the same images
+    losses = {"old_val_loss_calibrated": old.calibrated_nll, "val_loss_calibrated": new.calibrated_nll}
+    return {"val_acc": val_acc, "kept_old": kept_old, "old_val_acc": old_val_acc, **losses}
 
 
 def open_cache(model: InferenceModel, args: argparse.Namespace) -> FeatureCache:
