@@ -82,7 +82,8 @@ AUGMENT_HELP = (
     "views of each training image, one of them drawn per epoch. none: the image as it is; flip: also its mirror image "
     "(for photographs); dihedral: all flips and quarter turns (for images from above). strong (only with --finetune "
     "last or all; alone it implies flip) adds TrivialAugmentWide and random erasing; random crops, except with "
-    "dihedral; and CutMix or MixUp in half of the batches, from 20,000 training images on"
+    "dihedral; and CutMix or MixUp in half of the batches, from 20,000 training images on. Default: "
+    "none; flip when fine-tuning"
 )
 FINETUNE_HELP = (
     "head: train only the new classifier; last: also the network's last stage; all: the whole network. The classifier "
@@ -132,7 +133,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     weights = "balanced: all classes have the same total weight in the loss, and in all that is chosen on val (epoch, "
     weights += "--tune, temperature, --only-if-better)"
     add("--class-weights", choices=("balanced",), help=weights)
-    add("--augment", choices=(*VIEWS, "strong"), nargs="+", default="none", help=AUGMENT_HELP)
+    add("--augment", choices=(*VIEWS, "strong"), nargs="+", help=AUGMENT_HELP)
     add("--patience", type=positive_int, metavar="N", help="stop after N epochs without improvement on val")
     minutes = (
         "shorten the schedule to finish within M minutes; the feature pass, one epoch and what is measured in the "
@@ -161,7 +162,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--image-size {args.image_size} is above {MAX_IMAGE_SIZE}")
     if args.resume and args.restart:
         parser.error("--resume and --restart cannot be used together")
-    augment = [args.augment] if isinstance(args.augment, str) else args.augment
+    augment = args.augment or (["none"] if args.finetune == "head" else ["flip"])
     args.strong = "strong" in augment
     views = set(augment) - {"strong"} or {"flip"}
     if len(views) > 1:

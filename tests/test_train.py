@@ -573,6 +573,7 @@ def test_default_epochs_depend_on_the_data(run, similar_tree, tmp_path):
     assert "--epochs 100 by default: 128,000 images" in result.err and "--backbone-lr 0.0003 by default" in result.err
     chosen = load_pt(tmp_path / "all" / "model.pt")["args"]
     assert (chosen["epochs"], chosen["lr"], chosen["backbone_lr"], chosen["warmup"]) == (100, 3e-4, 3e-4, None)
+    assert (chosen["augment"], load_pt(tmp_path / "head" / "model.pt")["args"]["augment"]) == ("flip", "none")
     args = ["--data", similar_tree, "--arch", "vit_b_32", *SMALL[2:], "--finetune", "last", "--epochs", 1]
     assert "--backbone-lr 5e-05 by default" in run("train", *args, "--out", tmp_path / "vit").err
 
