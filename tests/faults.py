@@ -177,7 +177,9 @@ def read_history(folder: Path) -> list[dict]:
 def numbers(row: dict) -> dict:
     """Return a row of the history as numbers, without its seconds."""
     numeric = {key: value for key, value in row.items() if key not in ("seconds", "measured")}
-    return {key: float(value) if value != "" else None for key, value in numeric.items()}  # an empty cell: not measured
+    return {
+        key: float(value) if value not in ("", None) else None for key, value in numeric.items()
+    }  # an empty cell: not measured
 
 
 def same_model(a: dict, b: dict) -> bool:
