@@ -414,7 +414,8 @@ def unseen_images(val: Split, old: Checkpoint, network: Network, path: Path) -> 
         log(f"--only-if-better: {path} does not say which images it was trained on; some of val may be among them")
     known = torch.cat([old.train_hashes, network.train_hashes])
     rows = (~are_among(val.sha256, known)).nonzero()[:, 0].tolist()
-    seen = f"{path} was trained on {len(val) - len(rows)} of the {len(val)} images of val"
+    trained = f"{path} or --weights" if len(network.train_hashes) else path
+    seen = f"{trained} was trained on {len(val) - len(rows)} of the {len(val)} images of val"
     if 2 * len(rows) < len(val):
         advice = "if the data were split again, train once without --only-if-better"
         raise UserError(f"--only-if-better: {seen}, too many for a comparison; {advice}")

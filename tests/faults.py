@@ -93,6 +93,7 @@ class Experiment:
         self.old, self.uninterrupted, self.out = folder / "old", folder / "uninterrupted", folder / "out"
         # Without the cache, each run spends time on the feature pass, so that kills fall into it, too.
         self.arguments, self.rng = ["--data", tree, *TINY, *options, "--batch-size", 16, "--no-cache"], rng
+        self.test_every = 2 if "--finetune" in options else 1  # of six epochs of fine-tuning
         if not self.old.exists():
             code, messages = Training([*self.arguments, "--epochs", 1, "--out", self.old]).wait()
             assert code == 0, messages
@@ -133,6 +134,15 @@ class Experiment:
             if finished or outcome.problems:
                 return outcome
 
+    def rows_during_training(self, rows: list[dict]) -> list[dict]:
+        """Return the rows of a finished history as they were before the end, which adds the saved epoch's test."""
+
+        def measured(epoch: float) -> bool:
+            return epoch % self.test_every == 0 or epoch == len(rows)
+
+        without_test = {"test_loss": None, "test_acc": None}
+        return [row if measured(row["epoch"]) else row | without_test for row in rows]
+
     def check(self, before: int, code: int) -> tuple[int, bool, list[str]]:
         """Check the folder of the killed run, which had `before` epochs before, and ended with exit code `code`.
 
@@ -150,18 +160,19 @@ class Experiment:
         except Exception as error:
             return before, False, [f"{type(error).__name__}: {error}"]
         saved = [numbers(row) for row in last["run"]["history"]] if "run" in last else None
+        expected = self.rows_during_training(new_rows)
         if saved is None:  # last.pt says only that the run has finished: the old run or the new one
-            saved = new_rows if same_model(model, new_model) else []
+            saved, expected = (new_rows, new_rows) if same_model(model, new_model) else ([], expected)
         finished = last["finished"] and len(saved) == len(new_rows)
         if len(saved) < before or (code == 0 and not finished):
             problems.append(f"last.pt has {len(saved)} epochs; before it had {before}")
-        if saved != new_rows[: len(saved)]:
+        if saved != expected[: len(saved)]:
             problems.append("the history in last.pt is not that of an uninterrupted run")
         if not (same_model(model, new_model) or (not finished and same_model(model, old_model))):
             problems.append("model.pt is neither the old one nor that of an uninterrupted run")
-        possible = [new_rows[: len(saved)]]
+        possible = [expected[: len(saved)]]
         if not finished:  # history.csv is written just before last.pt
-            possible += [old_rows, new_rows[: len(saved) + 1]]
+            possible += [old_rows, expected[: len(saved) + 1], *([new_rows] if len(saved) == len(new_rows) else [])]
         if rows not in possible:
             problems.append(f"history.csv has {len(rows)} rows, which are not those of an uninterrupted run")
         strays = names - {"model.pt", "last.pt", "history.csv"}
@@ -175,11 +186,9 @@ def read_history(folder: Path) -> list[dict]:
 
 
 def numbers(row: dict) -> dict:
-    """Return a row of the history as numbers, without its seconds."""
-    numeric = {key: value for key, value in row.items() if key not in ("seconds", "measured")}
-    return {
-        key: float(value) if value not in ("", None) else None for key, value in numeric.items()
-    }  # an empty cell: not measured
+    """Return a row of the history, or the metrics of a model, as numbers; None for what was not measured."""
+    compared = {key: value for key, value in row.items() if key not in ("seconds", "measured")}
+    return {key: None if value in ("", None) else float(value) for key, value in compared.items()}
 
 
 def same_model(a: dict, b: dict) -> bool:
