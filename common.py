@@ -12,6 +12,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import datetime
 import difflib
 import errno
 import functools
@@ -31,13 +32,14 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -127,6 +129,9 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
                     signal.signal(number, handle_signal)
         sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed by >&-
         sys.stderr = sys.stderr or open(os.devnull, "w")
+        return run_main(argv) if WORLD_SIZE == 1 else leave_at_once_on_failure(lambda: run_main(argv))
+
+    def run_main(argv: Sequence[str] | None) -> int:
         try:
             code = main(argv) or 0
             print(end="", flush=True)  # so that a write error is reported here, not when Python exits
@@ -150,6 +155,27 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
         return code
 
     return run
+
+
+def leave_at_once_on_failure(main: Callable[[], int]) -> int:
+    """Run one of several processes; end it without cleaning up if it fails, that is, raises or returns a code but 0.
+
+    What libraries do when Python exits would wait for the other processes, which wait for this one; when it is gone,
+    torchrun ends them.
+    """
+    code = 1
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(bool(error.code))
+    except BaseException:
+        traceback.print_exc()
+    if code:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 pending_signals: list[int] | None = None  # inside `defer_signals`: the signals received so far
@@ -220,10 +246,10 @@ def add_hardware_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: CUDA, else MPS, else CPU)")
     group.add_argument(
         "--precision",
-        choices=("auto", "fp32", "bf16"),
+        choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="of the network; auto: bf16 where the processor supports it natively, else fp32; a model that was trained "
-        "in fp32 stays in fp32",
+        help="of the network; auto: bf16 where the processor supports it natively, else fp16 on NVIDIA GPUs from 7.0 "
+        "(not for fine-tuning), else fp32, which never means TF32; a model that was trained in fp32 stays in fp32",
     )
     group.add_argument(
         "--workers",
@@ -388,6 +414,9 @@ def acquire_lock(path: Path) -> IO[str]:
         except (BlockingIOError, PermissionError):
             file.close()
             raise LockedError(f"another run holds {path}; wait for it to end") from None
+        except OSError as error:  # some network file systems
+            log(f"warning: {path} cannot be locked ({error.strerror}): let no other run use this folder")
+            return file
 
 
 def hash_file(path: str | Path, algorithm: str = "sha256") -> str:
@@ -401,19 +430,34 @@ def hash_file(path: str | Path, algorithm: str = "sha256") -> str:
     return digest.hexdigest()
 
 
-def hash_images(paths: Sequence[str], workers: int | None) -> tuple[list[str], list[tuple[int, int]]]:
-    """Return the SHA-256 and the `file_stamp` of each file. Raises ImageError for a file that cannot be read."""
+def read_content(path: str | Path) -> bytes:
+    """Return the content of an image file. Raises ImageError if it cannot be read."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe may never end
+            raise ImageError(path, "not a regular file")
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ImageError(path, "no such file" if error.errno == errno.ENOENT else error.strerror) from None
 
-    def read(path: str) -> tuple[str, tuple[int, int]]:
-        stamp = file_stamp(path)
-        try:
-            return hash_file(path), stamp
-        except OSError as error:
-            raise ImageError(path, error.strerror) from None
 
+def hash_images(paths: Sequence[str], workers: int | None = None) -> list[str]:
+    """Return the SHA-256 of each file's content. Raises ImageError for a file that cannot be read.
+
+    A plain loop is fastest as long as the files are small and near; threads read large files and slow disks.
+    """
+
+    def read(path: str) -> str:
+        return hashlib.sha256(read_content(path)).hexdigest()
+
+    hashes: list[str] = []
+    seconds = 0.0  # per file
+    while len(hashes) < len(paths) and seconds < 2e-4:
+        chunk, start = paths[len(hashes) : len(hashes) + 64], time.perf_counter()
+        hashes += map(read, chunk)
+        seconds = (time.perf_counter() - start) / len(chunk)
     with ThreadPoolExecutor(reader_threads(workers)) as executor:
-        results = list(executor.map(read, paths))
-    return [sha256 for sha256, _ in results], [stamp for _, stamp in results]
+        return hashes + list(executor.map(read, paths[len(hashes) :]))
 
 
 def short_hashes(sha256: Sequence[str]) -> torch.Tensor:
@@ -424,21 +468,6 @@ def short_hashes(sha256: Sequence[str]) -> torch.Tensor:
 def are_among(sha256: Sequence[str], known: torch.Tensor) -> torch.Tensor:
     """Return whether each image [N] is among those remembered as `short_hashes` [M, 8]: bool [N]."""
     return torch.isin(short_hashes(sha256).view(torch.int64), known.view(torch.int64))[:, 0]
-
-
-def file_stamp(path: str) -> tuple[int, int]:
-    """Return a file's size in bytes and its modification time in nanoseconds, which show whether it has changed."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise ImageError(path, error.strerror) from None
-    return status.st_size, status.st_mtime_ns
-
-
-def check_unchanged(path: str, stamp: tuple[int, int]) -> None:
-    """Raise ImageError if a file no longer has this `file_stamp`."""
-    if file_stamp(path) != stamp:
-        raise ImageError(path, "the file has changed since the run started; start again")
 
 
 def library_versions() -> dict[str, str]:
@@ -472,20 +501,22 @@ class Split:
 
     paths: list[str]
     targets: torch.Tensor  # class index of each image, int64 [N]
-    sha256: list[str]  # hash of each file's content, in hexadecimal
-    stamps: list[tuple[int, int]]  # `file_stamp` of each file at the start of the run
+    sha256: list[str]  # hash of each file's content at the start of the run, in hexadecimal
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def select(self, rows: Sequence[int]) -> Split:
         """Return the images with these numbers."""
-        paths, sha256, stamps = ([values[row] for row in rows] for values in (self.paths, self.sha256, self.stamps))
-        return Split(paths, self.targets[list(rows)], sha256, stamps)
+        paths, sha256 = ([values[row] for row in rows] for values in (self.paths, self.sha256))
+        return Split(paths, self.targets[list(rows)], sha256)
 
 
-def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
+def read_image(path: str | Path, size: int | None = None, content: bytes | None = None) -> Image.Image:
     """Read an image file, or its content if that is given, as RGB, upright according to its EXIF orientation.
+
+    With `size`, the side in pixels to which it will be resized, a JPEG that is several times as large is decoded at a
+    half, a quarter or an eighth of its resolution, at least twice `size`, which is several times faster.
 
     Transparency is dropped and 16 bits per channel are scaled to 8. 32-bit integers and floats, which have no agreed
     range, are stretched from their minimum and maximum. Raises ImageError for a file that cannot be read or that
@@ -495,6 +526,8 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
         if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe may never end
             raise ImageError(path, "not a regular file")
         with Image.open(path if content is None else io.BytesIO(content)) as image:
+            if size and image.format in ("JPEG", "MPO"):
+                image.draft(None, (2 * size, 2 * size))
             image.load()
             is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             with contextlib.suppress(Exception):  # a broken EXIF block does not make the pixels unreadable
@@ -588,18 +621,71 @@ def list_split(folder: Path, classes: list[str] | None = None) -> tuple[list[str
     return paths, names, targets
 
 
-def preprocess(image: Image.Image, size: int, interpolation: str) -> torch.Tensor:
-    """Crop an RGB image to its centre square and resize it: uint8 [3, size, size]."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    pixels = functional.pil_to_tensor(image.crop((left, top, left + side, top + side)))
-    return resize(pixels, size, interpolation)
+def read_known(image: tuple[str, str], size: int | None = None) -> Image.Image:
+    """Read an image, given as (path, SHA-256), like `read_image`. Raises ImageError if its content has changed."""
+    path, sha256 = image
+    content = read_content(path)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ImageError(path, "the file has changed since the run started; start again")
+    return read_image(path, size, content)
+
+
+def preprocess(images: Sequence[Image.Image], size: int, interpolation: str) -> torch.Tensor:
+    """Crop RGB images to their center squares: uint8 [B, 3, s, s].
+
+    They are resized to s = `size`, unless all have the same smaller side: then that is s, and `resize` follows on the
+    device of the network, with the same result.
+    """
+    squares = []
+    for image in images:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image if image.width == image.height else image.crop((left, top, left + side, top + side))
+        # Channels last, as Pillow has the pixels, which is also the fastest layout to resize and normalize.
+        pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
+        squares.append(pixels.view(1, side, side, 3).permute(0, 3, 1, 2))
+    return join_pixels(squares, size, interpolation)
+
+
+def join_pixels(parts: Sequence[torch.Tensor], size: int, interpolation: str) -> torch.Tensor:
+    """Concatenate uint8 pixels [B, 3, s, s], resized to `size` unless all have the same side s of at most that."""
+    sides = {part.shape[-1] for part in parts}
+    if len(sides) > 1 or max(sides, default=0) > size:
+        parts = [resize(part, size, interpolation) for part in parts]
+    return torch.cat(list(parts)) if parts else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
 
 def resize(pixels: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
-    """Resize uint8 pixels [..., 3, S, S] to [..., 3, size, size]."""
-    return functional.resize(pixels, [size, size], functional.InterpolationMode(interpolation), antialias=True)
+    """Resize uint8 pixels [B, 3, S, S] to [B, 3, size, size] with antialiasing, with the same result on all devices."""
+    if pixels.shape[-1] == size:
+        return pixels
+    if pixels.device.type == "cpu" or interpolation.startswith("nearest"):
+        mode = functional.InterpolationMode(interpolation)
+        return functional.resize(pixels, [size, size], mode, antialias=True)
+    return resize_by_products(pixels, size, interpolation)
+
+
+def resize_by_products(pixels: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
+    """Resize like torchvision on a CPU: rows, then columns, with integer weights, and rounded after each.
+
+    It is a product of matrices for each, in float32, in which these integers and their sums are exact.
+    """
+    weights, bits = resize_weights(pixels.shape[-1], size, interpolation)
+    weights = to_device(weights, pixels.device)
+    rows = (pixels.float() @ weights.T).add_(2.0 ** (bits - 1)).mul_(2.0**-bits).floor_().clamp_(0, 255)
+    return (weights @ rows).add_(2.0 ** (bits - 1)).mul_(2.0**-bits).floor_().clamp_(0, 255).to(torch.uint8)
+
+
+@functools.cache
+def resize_weights(old: int, new: int, interpolation: str) -> tuple[torch.Tensor, int]:
+    """Return the weights [new, old] of torch's resize of uint8 images, as integers in float32, and their binary places.
+
+    They have as many places as leave the largest within 15 bits.
+    """
+    identity = torch.eye(old, dtype=torch.float64)[None, None]
+    weights = torch.nn.functional.interpolate(identity, (new, old), mode=interpolation, antialias=True)[0, 0]
+    bits = max(places for places in range(23) if int(0.5 + weights.max().item() * 2**places) < 1 << 15)
+    return (weights * 2**bits + 0.5 * weights.sign()).trunc().float(), bits
 
 
 def apply_view(images: torch.Tensor, view: View) -> torch.Tensor:
@@ -613,34 +699,79 @@ def reader_threads(workers: int | None) -> int:
     return workers or min(2 * (os.cpu_count() or 1), 16)
 
 
+READ_CHUNK = 16  # images that a thread reads at a time: with one at a time, the threads wait for each other
+
+
+class ImageBatch(NamedTuple):
+    """A batch as `read_batches` yields it."""
+
+    items: list[Any]  # what was to be read
+    pixels: torch.Tensor  # of the images that could be read, as `preprocess` returns them
+    errors: dict[int, ImageError]  # of the others, by their position in `items`
+
+    def complete_pixels(self) -> torch.Tensor:
+        """Return the pixels; raise the error of the first image that could not be read."""
+        for error in self.errors.values():
+            raise error
+        return self.pixels
+
+
+def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any] | None]:
+    """Group items into lists of `size`; a None among them ends a list early, and is passed on."""
+    batch = []
+    for item in chain(items, [None]):
+        if item is not None:
+            batch.append(item)
+        if batch and (item is None or len(batch) == size):
+            yield batch
+            batch = []
+        if item is None:
+            yield None
+
+
 def read_batches(
-    paths: Iterable[Any],
+    batches: Iterable[list[Any] | None],
     preprocessing: dict,
-    batch_size: int,
     workers: int | None = None,
-    read: Callable[[Any], Image.Image] = read_image,
-) -> Iterator[list[tuple[Any, torch.Tensor | ImageError]]]:
-    """Read images in threads, ahead of the consumer: yield lists of (path, uint8 [3, S, S] or ImageError).
+    read: Callable[[Any, int], Image.Image] = read_image,
+) -> Iterator[ImageBatch | None]:
+    """Read batches of images in threads, ahead of the consumer, and yield them in order.
+
+    `read` turns an item of a batch, and the size to which the image will be resized, into an RGB image. A None among
+    the batches announces a possible wait for the next one: all that has been started is yielded first, then the None.
+    Besides a batch, at most two chunks of images per thread are in memory.
 
     Threads are enough, because Pillow and torch release the interpreter lock while they decode and resize; unlike
-    worker processes they start at once and need no shared memory. The order of `paths` is kept, and at most about three
-    batches are in memory. A None among the paths announces a possible wait for the next one: what has been started is
-    yielded first. `read` turns a path into an RGB image.
+    worker processes they start at once and need no shared memory.
     """
+    size, interpolation = preprocessing["size"], preprocessing["interpolation"]
 
-    def load(path: Any) -> tuple[Any, torch.Tensor | ImageError]:
-        try:
-            return path, preprocess(read(path), preprocessing["size"], preprocessing["interpolation"])
-        except ImageError as error:
-            return path, error
+    def load(chunk: list[Any]) -> tuple[torch.Tensor, list[ImageError | None]]:
+        images, errors = [], []
+        for item in chunk:
+            try:
+                images.append(read(item, size))
+                errors.append(None)
+            except ImageError as error:
+                errors.append(error)
+        return preprocess(images, size, interpolation), errors
 
-    executor, ahead = ThreadPoolExecutor(reader_threads(workers)), collections.deque()
+    def merge(batch: list[Any], tasks: list[Future]) -> ImageBatch:
+        parts, errors = zip(*(task.result() for task in tasks))
+        failed = {number: error for number, error in enumerate(chain.from_iterable(errors)) if error}
+        return ImageBatch(batch, join_pixels([part for part in parts if len(part)], size, interpolation), failed)
+
+    threads = reader_threads(workers)
+    executor, ahead = ThreadPoolExecutor(threads), collections.deque()
     try:
-        for path in chain(paths, [None]):
-            if path is not None:
-                ahead.append(executor.submit(load, path))
-            while len(ahead) >= (1 if path is None else 3 * batch_size):
-                yield [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
+        for batch in chain(batches, [()]):
+            if batch:
+                chunks = [batch[first : first + READ_CHUNK] for first in range(0, len(batch), READ_CHUNK)]
+                ahead.append((batch, [executor.submit(load, chunk) for chunk in chunks]))
+            while ahead and (not batch or sum(len(tasks) for _, tasks in islice(ahead, 1, None)) >= 2 * threads):
+                yield merge(*ahead.popleft())
+            if batch is None:
+                yield None
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
@@ -688,13 +819,23 @@ def paired_difference(only_a: int, only_b: int, n: int) -> Estimate:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device of --device, by default CUDA, else MPS, else the CPU.
+    """Return the device of --device, by default CUDA, else MPS, else the CPU. On CUDA, float32 is set to be exact.
 
-    Raises UserError for a device that does not exist here; nothing ever falls back to another device.
+    Raises UserError for a device that does not exist here or cannot compute, and for an NVIDIA GPU that torch cannot
+    use, unless the CPU is asked for; nothing ever falls back to another device.
     """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and WORLD_SIZE == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is wrong with a driver is in the error below
+        cuda = torch.cuda.is_available()
+    mps = torch.backends.mps.is_available() and WORLD_SIZE == 1
     if WORLD_SIZE > 1 and name not in (None, "cpu", "cuda"):
         raise UserError(f"--device {name}: with several processes use cuda (each takes its own GPU) or cpu")
+    if name in (None, "cuda") and not cuda and (reason := unusable_gpu()):
+        raise UserError(
+            f"torch {torch.__version__} cannot use the NVIDIA GPU of this machine: {reason}; update the driver, "
+            "install a build of torch for this driver (pytorch.org/get-started/previous-versions), start the container "
+            "with its GPUs, or compute on the processor with --device cpu"
+        )
     if name in (None, "cuda") and cuda and WORLD_SIZE > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name is None:
@@ -706,22 +847,88 @@ def pick_device(name: str | None) -> torch.device:
     count = {"cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps), "cpu": 1}.get(device.type, 0)
     if (device.index or 0) >= count:
         raise UserError(f"--device {name}: not available here ({count} {device.type} device{'s' * (count != 1)} found)")
-    if device.index is not None and device.type == "cuda":
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)  # otherwise pinned memory and other global state belong to the first GPU
+        if hasattr(torch.backends, "fp32_precision"):  # torch 2.9; to mix it with the flags below is an error
+            torch.backends.fp32_precision = "ieee"
+        else:  # by default, convolutions round the factors to the 10 bits of TF32
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError as error:
+        raise UserError(
+            f"{device_name(device)} cannot compute with torch {torch.__version__}: {one_line(error)[:200]}; install a "
+            "build of torch for this GPU (pytorch.org/get-started/previous-versions), or use --device cpu"
+        ) from None
     return device
 
 
+def unusable_gpu() -> str | None:
+    """Return why torch cannot use this machine's NVIDIA GPU; None if there is none, or if it is hidden on purpose."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    traces = "/dev/nvidiactl", "/proc/driver/nvidia/version"  # the second one is there in containers without GPUs too
+    if hidden or torch.version.hip or not (any(map(os.path.exists, traces)) or torch.cuda.device_count()):
+        return None
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return one_line(error)
+    return "no GPU is visible"
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device with the name of its hardware, such as "cuda:0 NVIDIA H100 80GB HBM3"."""
+    hardware = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        with contextlib.suppress(OSError):  # Linux
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            hardware = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), hardware)
+    return f"{device} {hardware}"
+
+
+def log_device(device: torch.device, dtypes: Iterable[torch.dtype]) -> None:
+    """Log what the networks run on, and in which precision."""
+    names = sorted({precision_name(dtype) for dtype in dtypes})
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    log(f"device: {device_name(device)}{threads}, {' and '.join(names)}")
+
+
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of --precision; "auto" is bfloat16 where the processor supports it natively, else float32."""
+    """Return the dtype of --precision. Raises UserError for one that the device lacks.
+
+    "auto" is bfloat16 where the processor supports it natively, else float16 on NVIDIA GPUs with tensor cores for it,
+    else float32.
+    """
+    bf16 = fp16 = False
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        fp16 = torch.cuda.get_device_capability(device) >= (7, 0)
+    elif device.type == "cpu":  # these checks have no public name in all supported versions; without them, fp32
+        bf16 = any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
     if name == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        elif device.type == "cpu":  # these checks have no public name in all supported versions; without them, fp32
-            native = any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
-        else:
-            native = False
-        name = "bf16" if native else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+        name = "bf16" if bf16 else "fp16" if fp16 else "fp32"
+    elif name == "bf16" and device.type == "cuda" and not bf16:
+        raise UserError(f"--precision bf16: {device_name(device)} does not support it; use fp16 or fp32")
+    elif name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16: processors are slow at it; use bf16 or fp32")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, as --precision takes it."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error of torch means that the memory of the device is used up.
+
+    MPS, cuDNN and cuBLAS have their own errors for that, and so does the CPU.
+    """
+    words = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -750,6 +957,22 @@ def keep_freed_memory() -> None:
             set_option(trim_threshold, (1 << 31) - 1)
 
 
+slow_group: Any = None  # of all processes, with a timeout of days: to wait while the first process works alone
+
+
+@contextlib.contextmanager
+def process_group(device_name: str | None) -> Iterator[torch.device]:
+    """Pick the device, and connect to the other processes if torchrun started several."""
+    global slow_group
+    device = pick_device(device_name)
+    if WORLD_SIZE > 1:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        slow_group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    yield device
+    if WORLD_SIZE > 1:  # not after an error: it would wait for the others, which may never get here
+        torch.distributed.destroy_process_group()
+
+
 def broadcast_from_rank0(make: Callable[[], Any]) -> Any:
     """Return in all processes what make() returns in the first. If it raises there, the others exit quietly."""
     if WORLD_SIZE == 1:
@@ -760,7 +983,7 @@ def broadcast_from_rank0(make: Callable[[], Any]) -> Any:
             box[0] = make()
         except Exception as raised:
             box[1], error = getattr(raised, "exit_code", 1), raised
-    torch.distributed.broadcast_object_list(box)
+    torch.distributed.broadcast_object_list(box, group=slow_group)
     if error:
         raise error
     if box[1]:
@@ -925,9 +1148,12 @@ class InferenceModel:
     def __init__(self, network: Network, device: torch.device, precision: str) -> None:
         self.network, self.preprocessing, self.device = network, network.preprocessing, device
         self.dtype = pick_precision(precision, device)  # of the backbone; the classifier computes in float32
-        self.batch_size = 16 if device.type == "cpu" else 128  # 16 images keep a CPU's cores busy and its caches warm
-        mean, std = (torch.tensor(self.preprocessing[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
-        self.mean, self.std = 255 * mean, 255 * std  # of pixels in 0..255
+        # 16 images keep a CPU's cores busy and its caches warm; MPS often has little memory.
+        self.batch_size = {"cpu": 16, "mps": 32}.get(device.type, 128)
+        self.expendable: dict[str, torch.Tensor] = {}  # what is dropped first if the memory of the device is used up
+        # For a row of pixels in 0..255, channels last: [3 S].
+        mean, std = (torch.tensor(self.preprocessing[key] * self.preprocessing["size"]) for key in ("mean", "std"))
+        self.mean, self.scale = (255 * mean).to(device), (1 / (255 * std)).to(device)
         self.classifier = classifier_name(network.model, network.model_kwargs["num_classes"])
         self.head = network.model.get_submodule(self.classifier).to(device).eval()
         self.num_features = self.head.in_features
@@ -935,7 +1161,7 @@ class InferenceModel:
     @property
     def precision(self) -> str:
         """The name of the backbone's dtype, as --precision takes it."""
-        return {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
+        return precision_name(self.dtype)
 
     @functools.cached_property
     def backbone(self) -> torch.nn.Module:
@@ -946,17 +1172,8 @@ class InferenceModel:
         keep_freed_memory()
         backbone = fold_batchnorm(self.copy_backbone().eval().requires_grad_(False))
         backbone = backbone.to(self.device, self.dtype, memory_format=torch.channels_last)
-        name, size = type(self.network.model).__name__, self.preprocessing["size"]
-        images = torch.zeros(self.batch_size, 3, size, size, device=self.device, dtype=self.dtype)
-        images = images.to(memory_format=torch.channels_last)
-        with torch.inference_mode():
-            try:
-                backbone(images[:1])
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, AssertionError, ValueError) as error:
-                reason = one_line(error)[:120]
-                raise UserError(f"--image-size {size}: {name} cannot take images of {size} pixels ({reason})") from None
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # all batches have one size, so that it pays to compare algorithms
         return backbone
 
     def copy_backbone(self) -> torch.nn.Module:
@@ -974,60 +1191,95 @@ class InferenceModel:
         """Free the prepared backbone; it is made again when it is next used."""
         self.__dict__.pop("backbone", None)
 
+    def load_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Copy uint8 pixels [B, 3, s, s] to this model's device and resize them there: [B, 3, S, S]."""
+        size, interpolation = self.preprocessing["size"], self.preprocessing["interpolation"]
+        return resize(to_device(pixels, self.device), size, interpolation)
+
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Turn uint8 pixels [B, 3, S, S] on any device into normalized float32 images on this model's device."""
-        return to_device(pixels, self.device).float().sub_(self.mean).div_(self.std)
+        """Turn uint8 pixels [B, 3, S, S] on this model's device into normalized float32 images, channels last."""
+        rows = pixels.permute(0, 2, 3, 1).flatten(2).float()
+        return rows.sub_(self.mean).mul_(self.scale).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
     def forward_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Run the backbone: uint8 pixels [B, 3, S, S] on any device -> float32 features [B, D] on this model's device.
+        """Run the backbone: uint8 pixels [B, 3, s, s] on any device -> float32 features [B, D] on this model's device.
 
-        A batch that is too large for the device's memory is halved until it fits.
+        If the device's memory is used up, what is expendable is dropped; if that does not help, the batch is halved
+        until it fits. Raises UserError if a single image does not fit, or if the model cannot take images of this size.
         """
         if len(pixels) > self.batch_size:
             return torch.cat([self.forward_features(part) for part in pixels.split(self.batch_size)])
         try:
             return self._forward_batch(pixels)
-        except torch.OutOfMemoryError:
-            if self.batch_size == 1:
+        except (RuntimeError, AssertionError, ValueError) as error:
+            if not is_out_of_memory(error):
+                self._check_image_size()
+                raise
+            if self.batch_size == 1 and not self.expendable:
                 raise UserError(f"not enough memory on {self.device} for an image; use another --device") from None
-        self.batch_size = max(1, self.batch_size // 2)
+        # After the except block, because the error keeps what the failed attempt has allocated.
+        if self.expendable:
+            self.expendable.clear()
+        else:
+            self.batch_size = max(1, self.batch_size // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         return self.forward_features(pixels)
 
     def _forward_batch(self, pixels: torch.Tensor) -> torch.Tensor:
+        count = len(pixels)
         with torch.inference_mode():
-            images = self.normalize(pixels).to(self.dtype)
-            # After normalizing, which takes half the time on planar images.
+            images = self.normalize(self.load_pixels(pixels)).to(self.dtype)
+            if self.device.type == "cuda":  # each new batch size would cost the search for the fastest algorithms
+                padding = images.new_zeros(self.batch_size - count, *images.shape[1:])
+                images = torch.cat([images, padding])
             images = images.contiguous(memory_format=torch.channels_last)
-            return self.backbone(images).float()
+            return self.backbone(images)[:count].float()
+
+    def _check_image_size(self) -> None:
+        """Raise UserError if the model cannot take images of this size, which shows on a device without memory."""
+        size = self.preprocessing["size"]
+        try:
+            self.copy_backbone().to("meta").eval()(torch.zeros(1, 3, size, size, device="meta"))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            name, reason = type(self.network.model).__name__, one_line(error)[:120]
+            raise UserError(f"--image-size {size}: {name} cannot take images of {size} pixels ({reason})") from None
 
     def forward_head(self, features: torch.Tensor) -> torch.Tensor:
-        """Run the classifier: features [B, D] -> logits [B, C], float32. Raises UserError if they are not finite."""
+        """Run the classifier: features [B, D] -> logits [B, C], float32, on this model's device."""
         with torch.inference_mode():
-            logits = self.head(features)
+            return self.head(features)
+
+    def fetch_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return logits on the CPU, which waits for a GPU. Raises UserError if they are not finite."""
+        logits = logits.cpu()
         if not logits.isfinite().all():
             what = f"the outputs of {type(self.network.model).__name__} are not finite"
             raise UserError(f"{what}: its weights are damaged, or need another --precision")
         return logits
 
     def forward_cached(self, features: torch.Tensor) -> torch.Tensor:
-        """Run the classifier on cached features [N, D] of any type and on any device, in parts: logits [N, C]."""
+        """Run the classifier on cached features [N, D] of any type and device, in parts: logits [N, C] on the CPU."""
         parts = features.split(rows_per_chunk(features))
-        return torch.cat([self.forward_head(rows.to(self.device, torch.float32)) for rows in parts])
+        return self.fetch_logits(torch.cat([self.forward_head(rows.to(self.device, torch.float32)) for rows in parts]))
 
-    def log_probabilities(
-        self, pixels: torch.Tensor, temperatures: Sequence[float], views: Sequence[View] = VIEWS["none"]
-    ) -> list[torch.Tensor]:
-        """Classify uint8 pixels [B, 3, S, S]: log-probabilities [B, C] for each temperature, float64 on the CPU.
+    def forward_views(self, pixels: torch.Tensor, views: Sequence[View] = VIEWS["none"]) -> torch.Tensor:
+        """Run the network on views of uint8 pixels [B, 3, s, s]: logits [views, B, C] on this model's device."""
+        pixels = self.load_pixels(pixels)
+        return torch.stack([self.forward_head(self.forward_features(apply_view(pixels, view))) for view in views])
+
+    def log_probabilities(self, logits: torch.Tensor, temperatures: Sequence[float]) -> list[torch.Tensor]:
+        """Return log-probabilities [B, C] for each temperature, float64 on the CPU, from `forward_views`.
 
         The probabilities of several views of an image are averaged before the temperature is applied.
         """
-        averaged = average_views([self.forward_head(self.forward_features(apply_view(pixels, view))) for view in views])
+        averaged = average_views(self.fetch_logits(logits))
         return [(averaged / temperature).log_softmax(1) for temperature in temperatures]
 
 
 def average_views(logits: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the logarithm of probabilities averaged over views, [B, C] float64 on the CPU, from the logits of each."""
-    views = torch.stack([view.cpu().double().log_softmax(1) for view in logits])
+    """Return the logarithm of probabilities averaged over views, [B, C] float64, from the logits [B, C] of each."""
+    views = torch.stack([view.double().log_softmax(1) for view in logits])
     return views.logsumexp(0) - math.log(len(views))
 
 
@@ -1051,12 +1303,12 @@ class FeatureRequest(NamedTuple):
     views: Sequence[View]
 
 
-class MissingImage(NamedTuple):
-    """An image whose features have to be computed."""
+class MissingBatch(NamedTuple):
+    """Images of which the same views have to be computed, at most a batch."""
 
     request: int  # number of the request
-    row: int  # in its split
-    views: list[int]  # numbers of the views
+    views: tuple[int, ...]  # numbers of the views
+    rows: list[int]  # of the request's split
 
 
 def extract_features(
@@ -1075,22 +1327,31 @@ def extract_features(
     shapes = [(len(views), len(split), model.num_features) for split, views in requests]
     folder = spill_folder if sum(map(math.prod, shapes)) * model.dtype.itemsize > usable_memory() else None
     results = [allocate_features(shape, model.dtype, folder) for shape in shapes if RANK == 0]
-    missing = broadcast_from_rank0(lambda: read_cached_features(requests, results, cache))
-    count = sum(len(image.views) for image in missing)
+    missing = broadcast_from_rank0(lambda: read_cached_features(requests, results, cache, model.batch_size))
+    count = sum(len(batch.views) * len(batch.rows) for batch in missing)
     if known := sum(math.prod(shape[:2]) for shape in shapes) - count:
         log(f"features: {known} remembered in {cache.folder}, {count} to compute")
-    # The number of images after which the first process collects what the others have computed.
-    block = len(missing) if WORLD_SIZE == 1 else 4096
+    # Batches after which the results are collected, which a GPU and other processes have to wait for.
+    interval = 1 if WORLD_SIZE == 1 and model.device.type == "cpu" else max(1, 4096 // model.batch_size)
+    own = missing[RANK::WORLD_SIZE]
+    computed, pending = compute_features(model, requests, own, workers), []
+    rounds = math.ceil(len(missing) / WORLD_SIZE)
     try:
         with Progress("features", count) as progress:
-            for first in range(0, len(missing), max(1, block)):
-                computed = compute_features(model, requests, missing[first : first + block][RANK::WORLD_SIZE], workers)
-                for view, images, features in computed if WORLD_SIZE == 1 else all_gather_list(list(computed)):
-                    progress.update(len(images))
+            for number in range(1, rounds + 1):
+                pending += islice(computed, 1)
+                if number % interval and number < rounds:
+                    continue
+                fetched = fetch_features(pending)
+                pending = []
+                for batch, features in fetched if WORLD_SIZE == 1 else all_gather_list(fetched):
+                    progress.update(len(batch.rows) * len(batch.views))
                     if RANK == 0:
-                        for (request, number, row), feature in zip(images, features):
-                            results[request][number, row] = feature
-                        cache.add(view, [requests[request].split.sha256[row] for request, _, row in images], features)
+                        split, views = requests[batch.request]
+                        hashes = [split.sha256[row] for row in batch.rows]
+                        for view, rows in zip(batch.views, features):
+                            results[batch.request][view, batch.rows] = rows
+                            cache.add(views[view], hashes, rows)
     finally:  # also after an interruption: the next run continues from here
         cache.flush()
     if count:
@@ -1099,40 +1360,47 @@ def extract_features(
 
 
 def read_cached_features(
-    requests: Sequence[FeatureRequest], results: list[torch.Tensor], cache: FeatureCache
-) -> list[MissingImage]:
-    """Copy what the cache knows into the results; return the images that it does not know in all views."""
+    requests: Sequence[FeatureRequest], results: list[torch.Tensor], cache: FeatureCache, batch_size: int
+) -> list[MissingBatch]:
+    """Copy what the cache knows into the results; return what it does not know, in batches."""
     missing = []
     for request, (split, views) in enumerate(requests):
-        unknown: dict[int, list[int]] = {}
+        unknown: dict[int, list[int]] = {}  # row -> numbers of the views
         for number, view in enumerate(views):
             for row in cache.read_into(view, split.sha256, results[request][number]):
                 unknown.setdefault(row, []).append(number)
-        missing += [MissingImage(request, row, unknown[row]) for row in sorted(unknown)]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row in sorted(unknown):
+            groups.setdefault(tuple(unknown[row]), []).append(row)
+        for numbers, rows in groups.items():
+            starts = range(0, len(rows), batch_size)
+            missing += [MissingBatch(request, numbers, rows[start : start + batch_size]) for start in starts]
     return missing
 
 
 def compute_features(
-    model: InferenceModel, requests: Sequence[FeatureRequest], missing: list[MissingImage], workers: int | None
-) -> Iterator[tuple[View, list[tuple[int, int, int]], torch.Tensor]]:
-    """Read the missing images and run them through the backbone, batch by batch and view by view.
+    model: InferenceModel, requests: Sequence[FeatureRequest], missing: list[MissingBatch], workers: int | None
+) -> Iterator[tuple[MissingBatch, torch.Tensor]]:
+    """Read the missing images and run them through the backbone: yield features [views, B, D] on the model's device."""
 
-    Yields the view, the (request, view number, row) of each image, and its features [B, D] on the CPU.
-    """
-    images, paths = iter(missing), (requests[image.request].split.paths[image.row] for image in missing)
-    for batch in read_batches(paths, model.preprocessing, model.batch_size, workers):
-        by_view: dict[View, list[tuple[torch.Tensor, tuple[int, int, int]]]] = {}
-        for (path, pixels), (request, row, numbers) in zip(batch, images):
-            if isinstance(pixels, ImageError):
-                raise pixels
-            split, views = requests[request]
-            check_unchanged(path, split.stamps[row])
-            for number in numbers:
-                by_view.setdefault(views[number], []).append((pixels, (request, number, row)))
-        for view, members in by_view.items():
-            pixels = torch.stack([pixels for pixels, _ in members])
-            features = model.forward_features(apply_view(pixels, view)).to("cpu", model.dtype)
-            yield view, [place for _, place in members], features
+    def images(batch: MissingBatch) -> list[tuple[str, str]]:
+        split = requests[batch.request].split
+        return [(split.paths[row], split.sha256[row]) for row in batch.rows]
+
+    read = read_batches(map(images, missing), model.preprocessing, workers, read_known)
+    for batch, read_batch in zip(missing, read):
+        pixels, views = model.load_pixels(read_batch.complete_pixels()), requests[batch.request].views
+        features = [model.forward_features(apply_view(pixels, views[number])) for number in batch.views]
+        yield batch, torch.stack(features).to(model.dtype)
+
+
+def fetch_features(computed: list[tuple[MissingBatch, torch.Tensor]]) -> list[tuple[MissingBatch, torch.Tensor]]:
+    """Return the results of `compute_features` on the CPU, copied from a GPU in one go."""
+    if not computed:
+        return []
+    features = torch.cat([part.flatten(0, 1) for _, part in computed]).cpu()
+    sizes = [part.shape[:2].numel() for _, part in computed]
+    return [(batch, rows.view(part.shape)) for (batch, part), rows in zip(computed, features.split(sizes))]
 
 
 def allocate_features(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
@@ -1165,7 +1433,7 @@ def feature_key(model: InferenceModel) -> dict:
     """Return all that features depend on, except the image and its view."""
     network = model.network
     return {
-        "version": 1,
+        "version": 2,
         "arch": network.arch,
         "weights": hash_weights(network.model, model.classifier),
         "model": {key: value for key, value in network.model_kwargs.items() if key != "num_classes"},

@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import EXIT_BELOW_BAR, SPLITS, TTA_HELP
-from common import Checkpoint, Estimate, ImageError, InferenceModel, LazyModule, Progress, UserError, View
+from common import Checkpoint, Estimate, InferenceModel, LazyModule, Progress, UserError, View
 from common import add_hardware_options, are_among, atomic_write, checkpoint_precision, checkpoint_views, command
-from common import fraction, hash_images, library_versions, list_split, log, make_parser, new_figure, paired_difference
-from common import pick_device, printable, read_batches, read_checkpoint, read_image, save_figure
-from common import wilson, write_csv
+from common import fraction, hash_images, in_batches, library_versions, list_split, log, log_device, make_parser
+from common import new_figure, paired_difference, pick_device, pick_precision, printable, read_batches, read_checkpoint
+from common import read_image, read_known, save_figure, wilson, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse_args(argv)
     device = pick_device(args.device)
     candidates = read_candidates(args.checkpoint, args.tta)
+    precisions = {checkpoint_precision(candidate.checkpoint, args.precision) for candidate in candidates}
+    log_device(device, [pick_precision(precision, device) for precision in precisions])
     histories = read_histories(args.history, candidates)
     images = list_images(args.data / args.split, candidates, args.allow_missing, args.workers)
     with replace_report(args.out, [candidate.subfolder for candidate in candidates]) as folder:
@@ -289,7 +291,7 @@ def list_images(folder: Path, candidates: list[Candidate], allow_missing: bool, 
     for note in notes:
         log(f"warning: {note}")
     paths, labels = map(list, zip(*((path, label) for path, label in zip(paths, labels) if label in known)))
-    hashes, _ = hash_images(paths, workers)
+    hashes = hash_images(paths, workers)
     return Images(folder.name, paths, labels, hashes, notes, hash_split(hashes, labels))
 
 
@@ -336,14 +338,14 @@ def classify(
     results, times = [], []
     _ = model.backbone  # prepared here, outside the measured time
     with Progress(f"evaluate {candidate.name}", len(images.paths)) as progress:
-        for batch in read_batches(images.paths, checkpoint.preprocessing, model.batch_size, workers):
-            if errors := [pixels for _, pixels in batch if isinstance(pixels, ImageError)]:
-                raise errors[0]
-            pixels = torch.stack([pixels for _, pixels in batch])
+        batches = in_batches(zip(images.paths, images.hashes), model.batch_size)
+        for batch in read_batches(filter(None, batches), checkpoint.preprocessing, workers, read_known):
+            pixels = batch.complete_pixels()
             start = time.perf_counter()
-            results.append(model.log_probabilities(pixels, (1, candidate.temperature), candidate.views))
-            times.append(1000 * (time.perf_counter() - start) / len(batch))
-            progress.update(len(batch))
+            logits = model.forward_views(pixels, candidate.views)
+            results.append(model.log_probabilities(logits, (1, candidate.temperature)))
+            times.append(1000 * (time.perf_counter() - start) / len(pixels))
+            progress.update(len(pixels))
     index = {name: number for number, name in enumerate(checkpoint.classes)}
     targets = torch.tensor([index[label] for label in images.labels])
     dtype, views = str(model.dtype).removeprefix("torch."), len(candidate.views)

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 
-from common import EXIT_SOME_UNREADABLE, TTA_HELP, InferenceModel, LazyModule, Progress, UserError, View
+from common import EXIT_SOME_UNREADABLE, TTA_HELP
+from common import ImageBatch, InferenceModel, LazyModule, Progress, UserError, View
 from common import add_hardware_options, atomic_write, checkpoint_precision, checkpoint_views, command, csv_writer
-from common import find_images, fraction, log, make_parser, new_figure, pick_device, positive_int, printable
-from common import read_batches, read_checkpoint, read_image, save_figure, write_csv
+from common import find_images, fraction, in_batches, log, log_device, make_parser, new_figure, pick_device
+from common import positive_int, printable, read_batches, read_checkpoint, read_image, save_figure, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = pick_device(args.device)
     checkpoint = read_checkpoint(args.checkpoint)
     model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
+    log_device(device, [model.dtype])
     classifier = Classifier(model, checkpoint.classes, *checkpoint_views(checkpoint, args.tta), args.workers)
     if scene:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,7 @@ class Prediction(NamedTuple):
     """The result for one image: its pixels and probabilities, or an error."""
 
     path: Any  # the file; for a tile of a scene its box (left, top, right, bottom)
-    pixels: torch.Tensor | None = None  # the image as the network takes it, uint8 [3, S, S]
+    pixels: torch.Tensor | None = None  # its center square, as read by `read_batches`: uint8 [3, s, s]
     probabilities: torch.Tensor | None = None  # of each class, calibrated, float64 [C]
     error: str | None = None  # why the image cannot be read
 
@@ -156,16 +158,33 @@ class Classifier(NamedTuple):
     workers: int | None = None  # threads that read images; None: the default
 
     def classify(self, paths: Iterable[Any], read: Callable = read_image) -> Iterator[list[Prediction]]:
-        """Yield the predictions for batches of images, in order. `paths` and `read` are those of `read_batches`."""
-        model, rows = self.model, iter(())
-        for batch in read_batches(paths, model.preprocessing, model.batch_size, self.workers, read):
-            images = [image for _, image in batch if torch.is_tensor(image)]
-            if images:
-                rows = iter(model.log_probabilities(torch.stack(images), [self.temperature], self.views)[0].exp())
-            yield [
-                Prediction(path, image, next(rows)) if torch.is_tensor(image) else Prediction(path, error=image.reason)
-                for path, image in batch
-            ]
+        """Yield the predictions for batches of images, in order.
+
+        A None among the paths announces a possible wait for the next one. `read` is that of `read_batches`. The next
+        batch is started before the results of the last one are fetched, so that a GPU has always something to do.
+        """
+        batches = in_batches(paths, self.model.batch_size)
+        started = None
+        for batch in read_batches(batches, self.model.preprocessing, self.workers, read):
+            previous, started = started, batch and self.start(batch)
+            if previous:
+                yield self.finish(*previous)
+
+    def start(self, batch: ImageBatch) -> tuple[ImageBatch, torch.Tensor | None]:
+        """Run the network on a batch; return it with its logits on the device, or with None if no image is readable."""
+        return batch, self.model.forward_views(batch.pixels, self.views) if len(batch.pixels) else None
+
+    def finish(self, batch: ImageBatch, logits: torch.Tensor | None) -> list[Prediction]:
+        """Return the predictions for a batch."""
+        rows = iter(())
+        if logits is not None:
+            rows = zip(batch.pixels, self.model.log_probabilities(logits, [self.temperature])[0].exp())
+        return [
+            Prediction(path, error=batch.errors[number].reason)
+            if number in batch.errors
+            else Prediction(path, *next(rows))
+            for number, path in enumerate(batch.items)
+        ]
 
 
 # ---------------------------------------------------------------- records
@@ -221,7 +240,7 @@ def print_records(batches: Iterable[list[Prediction]], writer: RecordWriter, pag
 
 
 def grad_cam(model: InferenceModel, pixels: torch.Tensor, target: int) -> torch.Tensor:
-    """Return where an image supports the class `target`: uint8 pixels [3, S, S] -> [h, w] in 0..1, on the CPU.
+    """Return where an image supports the class `target`: uint8 pixels [3, s, s] -> [h, w] in 0..1, on the CPU.
 
     Grad-CAM (Selvaraju et al., ICCV 2017): the last feature map, weighted by the mean gradients of the class's logit.
     Moves the network to the model's device. Raises UserError if it ends in tokens, as a vision transformer does.
@@ -236,7 +255,7 @@ def grad_cam(model: InferenceModel, pixels: torch.Tensor, target: int) -> torch.
     with contextlib.ExitStack() as hooks:  # it removes them in the end
         for module in network.modules():
             hooks.enter_context(module.register_forward_hook(remember))
-        logits = network(model.normalize(pixels[None]).requires_grad_(True))
+        logits = network(model.normalize(model.load_pixels(pixels[None])).requires_grad_(True))
     if features is None or features.dim() != 4:
         raise UserError(f"--explain needs a network that ends in a feature map: {type(network).__name__} does not")
     (gradient,) = torch.autograd.grad(logits[0, target], features)
@@ -412,7 +431,7 @@ def map_scene(scene: Image.Image, classifier: Classifier, tile: int, stride: int
     tops, lefts, parts = rows.tile_starts(), columns.tile_starts(), []
     boxes = ((left, top, left + tile, top + tile) for top in tops for left in lefts)
     with Progress("map", len(tops) * len(lefts), "tiles") as progress:
-        for batch in classifier.classify(boxes, scene.crop):
+        for batch in classifier.classify(boxes, lambda box, _size: scene.crop(box)):
             parts.append(torch.stack([prediction.probabilities for prediction in batch]))
             progress.update(len(batch))
     tiles = torch.cat(parts).view(len(tops), len(lefts), -1)

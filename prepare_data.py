@@ -21,7 +21,6 @@ import operator
 import os
 import random
 import shutil
-import stat
 import sys
 import tarfile
 import zipfile
@@ -34,9 +33,10 @@ from typing import IO
 
 from PIL import Image, ImageOps
 
-from common import SPLITS, ImageError, Progress, UserError, atomic_write, command, fraction, hash_file, hold_lock
-from common import is_image_name, log, make_parser, one_line, positive_int, read_image, seed_number, walk_folders
-from common import write_csv
+from common import SPLITS
+from common import ImageError, Progress, UserError
+from common import atomic_write, command, fraction, hash_file, hold_lock, is_image_name, log, make_parser, one_line
+from common import positive_int, read_content, read_image, seed_number, walk_folders, write_csv
 
 # The address and checksum that torchvision's datasets.EuroSAT uses.
 EUROSAT_URL = (
@@ -510,12 +510,8 @@ def check_images(records: list[Record]) -> list[Record]:
 def check_image(record: Record) -> Record:
     """Return a record with the sha256 of its file, or with the reason why the file cannot be read."""
     try:
-        if not stat.S_ISREG(os.stat(record.file).st_mode):  # a named pipe may never end
-            return replace(record, reason="not a regular file")
-        content = Path(record.file).read_bytes()
-        read_image(record.file, content)
-    except OSError as error:
-        return replace(record, reason=error.strerror or str(error))
+        content = read_content(record.file)
+        read_image(record.file, content=content)
     except ImageError as error:
         return replace(record, reason=error.reason)
     return replace(record, sha256=hashlib.sha256(content).hexdigest())

@@ -15,7 +15,6 @@ import argparse
 import collections
 import contextlib
 import copy
-import datetime
 import functools
 import hashlib
 import io
@@ -28,25 +27,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from PIL import Image
 
 from common import CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, MAX_IMAGE_SIZE, RANK, RUN_FORMAT, SPLITS, VIEWS
 from common import WORLD_SIZE
-from common import Checkpoint, FeatureCache, FeatureRequest, ImageError, InferenceModel, LazyModule, Network, Split
-from common import UserError, View
+from common import Checkpoint, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Network, Split, UserError, View
 from common import add_hardware_options, all_gather_list, apply_view, are_among, atomic_write, average_views
-from common import broadcast_from_rank0, check_unchanged, checkpoint_precision, class_folders, command, defer_signals
-from common import digest_of, extract_features, feature_key, fraction, hash_images, hold_lock, initialize_classifier
-from common import library_versions, list_architectures, list_split, load_pretrained, log, make_parser, new_figure
-from common import non_negative_float, paired_difference, pick_device, positive_float, positive_int, read_batches
-from common import read_checkpoint, read_image, read_torch_file, reader_threads, resize, rows_per_chunk, save_figure
-from common import seed_number, short_hashes, to_device, update_weights, usable_memory, write_csv
+from common import broadcast_from_rank0, checkpoint_precision, class_folders, command, defer_signals, digest_of
+from common import extract_features, feature_key, fraction, hash_images, hold_lock, initialize_classifier
+from common import library_versions, list_architectures, list_split, load_pretrained, log, log_device, make_parser
+from common import new_figure, non_negative_float, paired_difference, pick_precision, positive_float, positive_int
+from common import process_group, read_batches, read_checkpoint, read_known, read_torch_file, resize, rows_per_chunk
+from common import save_figure, seed_number, short_hashes, to_device, update_weights, usable_memory, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -171,6 +167,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.finetune == "head" and args.strong:
         parser.error("--augment strong needs --finetune last or all: a frozen network sees each view of an image once")
     changed = [key for key in ("backbone_lr", "clip_norm") if getattr(args, key) != parser.get_default(key)]
+    if args.finetune != "head" and args.precision == "fp16":
+        parser.error("--precision fp16 is for a frozen network: fine-tune in bf16 or fp32")
     if args.finetune == "head" and changed:
         parser.error("--backbone-lr and --clip-norm need --finetune last or all")
     if args.finetune != "head" and (args.tune or args.seeds > 1):
@@ -196,8 +194,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         print("\n".join(list_architectures()))
         return None
     deadline = start + 60 * (args.max_minutes or math.inf)
-    lock = hold_lock(args.out / ".lock") if RANK == 0 else contextlib.nullcontext()
-    with lock, resume_hint(args.restart), process_group(args.device) as device:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(resume_hint(args.restart))
+        device = stack.enter_context(process_group(args.device))
+        dtype = pick_precision(args.precision, device)
+        if args.finetune != "head" and dtype == torch.float16:  # it would need its gradients scaled
+            args.precision, dtype = "fp32", torch.float32
+        log_device(device, [dtype])
+        # Not before the processes are connected, so that the others learn of a lock that is held.
+        lock = hold_lock(args.out / ".lock")
+        broadcast_from_rank0(lambda: stack.enter_context(lock))
         dataset, network, unfinished, incumbent = broadcast_from_rank0(lambda: prepare(args))
         args = with_defaults(args, dataset, network)
         model = InferenceModel(network, device, args.precision)
@@ -257,19 +263,6 @@ def resume_hint(restart: bool) -> Iterator[None]:
         option = "--resume in place of --restart" if restart else "--resume"
         log(f"stopped; the same command with {option} continues after the last complete epoch")
         raise
-
-
-@contextlib.contextmanager
-def process_group(device_name: str | None) -> Iterator[torch.device]:
-    """Pick the device, and connect to the other processes if torchrun started several."""
-    device = pick_device(device_name)
-    if WORLD_SIZE > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(days=7)  # the others wait while the first process works alone
-        torch.distributed.init_process_group(backend, timeout=timeout)
-    yield device
-    if WORLD_SIZE > 1:  # not after an error: it could hang, because the others may never get here
-        torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------- data and settings of a run
@@ -353,7 +346,7 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, Network, UnfinishedRun |
     network = load_pretrained(args.arch, args.weights, len(classes), args.image_size, args.seed)
     splits = {}
     for name, (paths, targets) in listing.items():
-        splits[name] = Split(paths, torch.tensor(targets), *hash_images(paths, args.workers))
+        splits[name] = Split(paths, torch.tensor(targets), hash_images(paths, args.workers))
     warn_of_shared_images(splits, network)
     incumbent = Incumbent(old, unseen_images(splits["val"], old, network, args.out / "model.pt")) if old else None
     return Dataset(classes, splits), network, unfinished, incumbent
@@ -554,7 +547,7 @@ def measure_on_val(
     if RANK:
         return None
     targets = torch.tensor([classes.index(name) for name in dataset.classes])[val.targets]
-    logits = model.forward_cached(features[0][0]).cpu()
+    logits = model.forward_cached(features[0][0])
     _, loss = calibrate(logits, targets, class_weights(dataset, args)[val.targets])
     return ValResult(loss, logits.argmax(1) == targets)
 
@@ -744,7 +737,8 @@ def evaluate(learner: Learner, split: str, active: list[int], options: TrainOpti
         weights = options.class_weights[targets]
         for result, own in zip(results, logits.unbind(1)):
             result.temperature, result.calibrated_nll = calibrate(own, targets, weights)
-    return results
+    # On other processors the last bits may differ, and with them decisions in which all processes have to agree.
+    return broadcast_from_rank0(lambda: results) if learner.distributed else results
 
 
 def make_epoch(epoch: int, rate: float, measured: dict[str, Measurement], seconds: float) -> Epoch:
@@ -1336,7 +1330,9 @@ class FineTuner:
         self.network = build_network(backbone, head.to(self.device).requires_grad_(True), model.dtype)
         self.parallel_network = self.network
         if WORLD_SIZE > 1:
-            self.parallel_network = torch.nn.parallel.DistributedDataParallel(self.network)
+            parallel = torch.nn.parallel.DistributedDataParallel
+            self.parallel_network = parallel(self.network, gradient_as_bucket_view=True)
+            self.parallel_network.broadcast_buffers = False  # `updated_model` does that
 
     def param_groups(self, hparams: Sequence[HParams]) -> list[dict]:
         (own,) = hparams
@@ -1455,62 +1451,53 @@ class PixelStore:
     """The pixels of all splits, kept on the device at the resolution of the files; read in each pass if too large."""
 
     def __init__(self, splits: dict[str, Split], model: InferenceModel, workers: int | None) -> None:
-        self.splits, self.preprocessing, self.device = splits, model.preprocessing, model.device
-        self.batch_size, self.workers = model.batch_size, workers
-        if workers is None and self.device.type == "cpu":
+        self.splits, self.model, self.workers = splits, model, workers
+        if workers is None and model.device.type == "cpu":
             self.workers = max(1, (os.cpu_count() or 1) // 4)  # leave the other cores for the computation
-        self.resident: dict[str, torch.Tensor] = {}  # uint8 [N, 3, s, s] of each split
-        with ThreadPoolExecutor(reader_threads(workers)) as executor:
-            paths = [path for split in splits.values() for path in split.paths]
-            sides = {min(size) for size in executor.map(image_size, paths)}
-        size, processes = self.preprocessing["size"], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        side = size
-        if len(sides) == 1 and self.device.type != "mps":  # MPS lacks this resize in older versions of torch
-            side = min(sides.pop(), size)
-        # GPU and CPU round differently when they resize, so the images to be evaluated are always resized on the CPU.
-        stored = {name: size if self.device.type == "cuda" and name != "train" else side for name in splits}
-        room = usable_memory() / processes
-        if self.device.type == "cuda":
-            room = torch.cuda.mem_get_info(self.device)[0] / 2
-        if sum(3 * stored[name] ** 2 * len(split) for name, split in splits.items()) > room:
-            return
+        # Uint8 [N, 3, s, s] of each split; dropped if the memory of the device is used up.
+        self.resident = model.expendable
+        room = usable_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if model.device.type == "cuda":
+            room = torch.cuda.mem_get_info(model.device)[0] / 2
         for name, split in splits.items():
-            shape = (len(split), 3, stored[name], stored[name])
-            pixels = torch.empty(shape, dtype=torch.uint8, device=self.device)
-            for row, image in enumerate(self.read(split, range(len(split)), stored[name])):
-                pixels[row] = image
-            self.resident[name] = pixels
+            pixels = self.load(split, room)
+            if pixels is not None:
+                self.resident[name] = pixels
+                room -= pixels.nbytes
 
-    def read(self, split: Split, rows: Sequence[int], size: int) -> Iterator[torch.Tensor]:
-        """Yield the pixels [3, size, size] of these rows of a split, read from their files."""
-        paths = (split.paths[row] for row in rows)
-        batches = read_batches(paths, self.preprocessing | {"size": size}, self.batch_size, self.workers)
-        stream = (item for batch in batches for item in batch)
-        for row, (path, pixels) in zip(rows, stream):
-            if isinstance(pixels, ImageError):
-                raise pixels
-            check_unchanged(path, split.stamps[row])
-            yield pixels
+    def load(self, split: Split, room: float) -> torch.Tensor | None:
+        """Return the pixels of a split, uint8 [N, 3, s, s] on the device; None if they take more than `room` bytes."""
+        size, interpolation = self.model.preprocessing["size"], self.model.preprocessing["interpolation"]
+        pixels, done = torch.empty(0, 3, 0, 0, dtype=torch.uint8), 0
+        for part in self.read(split, torch.arange(len(split)).split(self.model.batch_size)):
+            if done and part.shape[-1] != pixels.shape[-1]:  # the sizes of the files differ
+                part = resize(part, size, interpolation)
+            if len(split) * part[0].nbytes > room:
+                return None
+            if part.shape[-1] != pixels.shape[-1]:
+                larger = torch.empty(len(split), *part.shape[1:], dtype=torch.uint8, device=self.model.device)
+                for rows in torch.arange(done).split(self.model.batch_size):
+                    larger[rows] = resize(pixels[rows], size, interpolation)
+                pixels = larger
+            pixels[done : done + len(part)] = part
+            done += len(part)
+        return pixels
 
-    def batches(self, name: str, chunks: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    def read(self, split: Split, chunks: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yield the pixels [B, 3, s, s] of each chunk of rows [B] of a split, read from their files."""
+        rows = iter(torch.cat(list(chunks)).tolist())  # all at once, because each copy waits for a GPU
+        images = ((split.paths[row], split.sha256[row]) for row in rows)
+        batches = (list(islice(images, len(chunk))) for chunk in chunks)
+        for batch in read_batches(batches, self.model.preprocessing, self.workers, read_known):
+            yield batch.complete_pixels()
+
+    def batches(self, name: str, chunks: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Yield the pixels [B, 3, S, S] of each chunk of rows [B], on the device."""
-        size = self.preprocessing["size"]
-        if name in self.resident:
-            for rows in chunks:
-                yield resize(self.resident[name][rows], size, self.preprocessing["interpolation"])
-        else:
-            stream = self.read(self.splits[name], torch.cat(chunks).tolist(), size)
-            for rows in chunks:
-                yield to_device(torch.stack(list(islice(stream, len(rows)))), self.device)
-
-
-def image_size(path: str) -> tuple[int, int]:
-    """Return width and height from a file's header, or from its pixels. Raises ImageError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception:  # read_image explains what is wrong
-        return read_image(path).size
+        for number, rows in enumerate(chunks):
+            if name not in self.resident:
+                yield from map(self.model.load_pixels, self.read(self.splits[name], chunks[number:]))
+                return
+            yield self.model.load_pixels(self.resident[name][rows])
 
 
 def augment_batch(

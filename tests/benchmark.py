@@ -177,7 +177,7 @@ def measure_pass(data: Path, arch: str, count: int, rounds: int, device_name: st
                 plain_model(plain_images)
 
     def run_pass() -> None:
-        split = Split(paths, torch.zeros(len(paths), dtype=torch.int64), *hash_images(paths, None))
+        split = Split(paths, torch.zeros(len(paths), dtype=torch.int64), hash_images(paths))
         extract_features(model, [FeatureRequest(split, VIEWS["none"])], FeatureCache(None, {}), Path())
 
     tasks = {
@@ -377,7 +377,7 @@ def make_learner(job: TrainingJob, count: int, image_size: int, batch_size: int,
     paths, targets = listing["train"]
     chosen = sample_evenly(list(range(len(paths))), count)
     paths, targets = [paths[row] for row in chosen], torch.tensor([targets[row] for row in chosen])
-    dataset = train.Dataset(classes, {"train": Split(paths, targets, *hash_images(paths, None))})
+    dataset = train.Dataset(classes, {"train": Split(paths, targets, hash_images(paths))})
     network = load_pretrained(job.arch, job.weights, len(classes), image_size, 0)
     model = InferenceModel(network, pick_device(job.device), job.precision)
     head = train.standardized_head(model.head, torch.randn(1, 64, model.num_features))

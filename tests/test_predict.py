@@ -17,7 +17,7 @@ from conftest import COLORS, ROOT, command, load_pt, read_csv, real, tile
 from PIL import Image, ImageDraw
 
 import predict
-from common import Checkpoint, InferenceModel, read_batches
+from common import Checkpoint, InferenceModel, in_batches, read_batches
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_a_slow_producer_gets_each_record_at_once(trained, images):
 def test_batches_are_full_unless_paths_pause():
     ahead = most_ahead = 0  # paths that were taken and whose batch has not yet been returned
 
-    def read(number):
+    def read(number, _size):
         return Image.new("RGB", (8, 8), (number % 256, 0, 0))
 
     def paths():
@@ -249,12 +249,14 @@ def test_batches_are_full_unless_paths_pause():
                 yield None
 
     sizes, seen = [], []
-    for batch in read_batches(paths(), {"size": 8, "interpolation": "bilinear"}, 16, 2, read):
-        ahead -= len(batch)
-        sizes.append(len(batch))
-        seen += [path for path, _ in batch]
+    batches = in_batches(paths(), 16)
+    for batch in filter(None, read_batches(batches, {"size": 8, "interpolation": "bilinear"}, 2, read)):
+        ahead -= len(batch.items)
+        sizes.append(len(batch.items))
+        seen += batch.items
+        assert batch.pixels[:, 0, 0, 0].tolist() == [number % 256 for number in batch.items] and not batch.errors
     assert seen == list(range(5000)) and sizes[:3] == [16, 5, 16] and set(sizes[2:-1]) == {16}
-    assert most_ahead <= 48  # three batches, for any number of paths
+    assert most_ahead <= 16 * 6  # a batch, and two chunks for each thread, for any number of paths
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")

@@ -50,7 +50,7 @@ def measure(file, split):
     size, interpolation, *rest = (checkpoint["preprocessing"][key] for key in ("size", "interpolation", "mean", "std"))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in rest)
     paths, _, targets = list_split(split, checkpoint["classes"])
-    images = torch.stack([preprocess(read_image(path), size, interpolation) for path in paths])
+    images = preprocess([read_image(path) for path in paths], size, interpolation)
     with torch.no_grad():
         logits, targets = model((images / 255 - mean) / std), torch.tensor(targets)
     loss = torch.nn.functional.cross_entropy(logits, targets).item()
@@ -529,7 +529,7 @@ def test_tta_averages_the_views_of_the_training(run, trained, similar_tree, tmp_
 
     def averaged(split):
         paths, _, targets = list_split(similar_tree / split)
-        pixels = torch.stack([preprocess(read_image(path), 32, "bilinear") for path in paths])
+        pixels = preprocess([read_image(path) for path in paths], 32, "bilinear")
         views = [view.rot90(turn, (-2, -1)) for view in (pixels, pixels.flip(-1)) for turn in range(turns)]
         probabilities = [model.forward_head(model.forward_features(view)).softmax(1) for view in views]
         return (sum(probabilities) / len(views)).log(), torch.tensor(targets)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import train
 from common import UserError
+from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
@@ -379,9 +380,9 @@ def test_trivial_augment_moves_images_by_a_seventh(name, side):
 
 
 def test_chosen_images():
-    split = common.Split(["a", "b", "c"], torch.tensor([0, 1, 2]), ["x", "y", "z"], [(1, 1), (2, 2), (3, 3)])
+    split = common.Split(["a", "b", "c"], torch.tensor([0, 1, 2]), ["x", "y", "z"])
     part = split.select(range(0, 3, 2))
-    assert (part.paths, part.sha256, part.stamps) == (["a", "c"], ["x", "z"], [(1, 1), (3, 3)])
+    assert (part.paths, part.sha256) == (["a", "c"], ["x", "z"])
     assert part.targets.tolist() == [0, 2] and len(part) == 2
 
 
@@ -512,6 +513,64 @@ def test_error_messages_are_one_line():
     assert common.one_line("a\n b\t\tc ") == "a b c"
     assert str(common.ImageError("x.png", "broken\nheader")) == "cannot read image x.png: broken header"
     assert common.printable("a\nb") == "a\\nb" and common.printable("Fluß") == "Fluß"
+
+
+# ---------------------------------------------------------------- reading images
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("old, new", [(64, 224), (64, 65), (5, 224), (200, 224)])
+def test_resize_on_a_gpu_is_exactly_that_of_the_cpu(monkeypatch, interpolation, old, new):
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("torchvision computes in float32 on this processor")
+    pixels = torch.randint(256, (3, 3, old, old), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels[0, :, :, ::2] = 255 * (pixels[0, :, :, ::2] > 127)  # edges, where bicubic results have to be clipped
+    expected = common.resize(pixels, new, interpolation)
+    assert expected.shape == (3, 3, new, new)
+    assert torch.equal(common.resize_by_products(pixels, new, interpolation), expected)
+
+
+def test_images_of_one_small_size_keep_it():
+    """The result is the same, whatever other images are in the batch."""
+    small = [Image.effect_noise((20, 20), 90).convert("RGB") for _ in range(3)]
+    large = Image.effect_noise((90, 60), 90).convert("RGB")
+    native = common.preprocess(small, 32, "bilinear")
+    mixed = common.preprocess([*small, large], 32, "bilinear")
+    assert native.shape == (3, 3, 20, 20) and mixed.shape == (4, 3, 32, 32)
+    assert torch.equal(common.resize(native, 32, "bilinear"), mixed[:3])
+    assert torch.equal(common.join_pixels([native, mixed[3:]], 32, "bilinear"), mixed)
+    assert common.preprocess([large], 32, "bilinear").shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_jpegs_are_decoded_at_lower_resolution(tmp_path, mode, orientation):
+    gradient = Image.merge(
+        "RGB", [Image.radial_gradient("L"), Image.linear_gradient("L"), Image.new("L", (256, 256), 90)]
+    )
+    photo = gradient.resize((1500, 1001)).rotate(20)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo.convert(mode).save(tmp_path / "photo.jpg", quality=95, exif=exif)
+    full, fast = common.read_image(tmp_path / "photo.jpg"), common.read_image(tmp_path / "photo.jpg", 100)
+    assert full.size == ((1500, 1001) if orientation == 1 else (1001, 1500))
+    assert 200 <= min(fast.size) < 400 and (fast.width > fast.height) == (full.width > full.height)
+    a, b = (common.preprocess([image], 100, "bilinear").float() for image in (full, fast))
+    assert (a - b).abs().mean() < 1
+
+
+def test_hashes_of_images(tmp_path, monkeypatch):
+    paths = []
+    for number in range(150):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * number)
+        paths.append(str(tmp_path / str(number)))
+    expected = [common.hash_file(path) for path in paths]
+    assert common.hash_images(paths) == expected
+    clock = iter(range(1000))
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))  # as on a slow disk: the rest goes to threads
+    assert common.hash_images(paths) == expected and next(clock) == 2
+    with pytest.raises(common.ImageError, match="no such file"):
+        common.hash_images([*paths, str(tmp_path / "gone")])
 
 
 # ---------------------------------------------------------------- files
