@@ -39,10 +39,11 @@ from common import Checkpoint, FeatureCache, FeatureRequest, InferenceModel, Laz
 from common import add_hardware_options, all_gather_list, apply_view, are_among, atomic_write, average_views
 from common import broadcast_from_rank0, checkpoint_precision, class_folders, command, defer_signals, digest_of
 from common import extract_features, feature_key, fraction, hash_images, hold_lock, initialize_classifier
-from common import library_versions, list_architectures, list_split, load_pretrained, log, log_device, make_parser
-from common import new_figure, non_negative_float, paired_difference, pick_precision, positive_float, positive_int
-from common import process_group, read_batches, read_checkpoint, read_known, read_torch_file, resize, rows_per_chunk
-from common import save_figure, seed_number, short_hashes, to_device, update_weights, usable_memory, write_csv
+from common import is_out_of_memory, library_versions, list_architectures, list_split, load_pretrained, log, log_device
+from common import make_parser, new_figure, non_negative_float, paired_difference, pick_precision, positive_float
+from common import positive_int, process_group, read_batches, read_checkpoint, read_known, read_torch_file, resize
+from common import rows_per_chunk, save_figure, seed_number, short_hashes, to_device, update_weights, usable_memory
+from common import write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -587,6 +588,7 @@ class Learner(Protocol):
     steps_per_epoch: int
     test_every: int  # number of epochs after which test is measured
     distributed: bool  # whether every process computes a part of each step
+    parts: int  # number of parts in which the gradients of a batch are computed, to save memory
 
     def param_groups(self, hparams: Sequence[HParams]) -> list[dict]:
         """Return the optimizer's parameter groups, each with its `peak` learning rate and its `epochs`."""
@@ -599,6 +601,9 @@ class Learner(Protocol):
 
     def clip_gradients(self) -> None:
         """Clip the gradients, if the learner uses clipping."""
+
+    def save_memory(self) -> bool:
+        """Need less memory from now on; return False if that is not possible."""
 
     def eval_batches(self, split: str, active: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield logits [B, A, C] and class indices [B] of the images of a split, unaugmented, without gradients."""
@@ -702,16 +707,41 @@ def train_one_epoch(
         for group in optimizer.param_groups:
             length = min(group["epochs"], limit)
             group["lr"] = group["peak"] * lr_factor(epoch - 1 + step / steps, length, options.warmup)
-        loss = cross_entropies(learner.forward(inputs, active), targets, smoothing, weights)
-        optimizer.zero_grad()
-        (loss_weight * loss.sum()).backward()
+        loss = None
+        while loss is None:
+            optimizer.zero_grad()
+            try:
+                loss = backward(learner, inputs, targets, active, smoothing, weights, loss_weight)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or not learner.save_memory():
+                    raise
         learner.clip_gradients()
         optimizer.step()
-        losses.append(loss.detach())
+        losses.append(loss)
         # Reading a loss synchronizes a GPU, so there it is done only now and then.
         if len(runs) == 1 and (learner.device.type == "cpu" or step % 50 == 49 or step + 1 == steps):
             check_finite(torch.cat(losses).tolist(), epoch, optimizer)
             losses.clear()
+
+
+def backward(
+    learner: Learner,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    active: list[int],
+    smoothing: torch.Tensor,
+    class_weights: torch.Tensor,
+    loss_weight: float,
+) -> torch.Tensor:
+    """Add the gradients of a batch, computed in as many parts as the learner needs; return the losses [A]."""
+    size = math.ceil(len(inputs) / learner.parts)
+    losses = torch.zeros(len(active), device=learner.device)
+    for part, wanted in zip(inputs.split(size), targets.split(size)):
+        loss = cross_entropies(learner.forward(part, active), wanted, smoothing, class_weights)
+        loss = loss * (len(part) / len(inputs))
+        (loss_weight * loss.sum()).backward()
+        losses += loss.detach()
+    return losses
 
 
 def evaluate(learner: Learner, split: str, active: list[int], options: TrainOptions) -> list[Measurement]:
@@ -1023,7 +1053,7 @@ class LinearProbes:
     """
 
     distributed = False
-    test_every = 1
+    test_every = parts = 1
 
     def __init__(self, head: torch.nn.Sequential, data: ProbeData, options: TrainOptions, count: int = 1) -> None:
         self.heads = [copy.deepcopy(head) for _ in range(count)]
@@ -1054,6 +1084,9 @@ class LinearProbes:
 
     def clip_gradients(self) -> None:
         """Do nothing: only fine-tuning clips gradients."""
+
+    def save_memory(self) -> bool:
+        return False
 
     def eval_batches(self, split: str, active: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         features, targets = self.data[split]
@@ -1185,7 +1218,9 @@ def finetune(
     save = functools.partial(files.record_epoch, []) if RANK == 0 else None
     try:
         (run,) = fit(learner, [Run(hparams, args.seed)], list(dataset.splits), options, unfinished, save)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         advice = f"--batch-size {args.batch_size // 2}" if args.batch_size > WORLD_SIZE else "a smaller --image-size"
         batches = f"batches of {args.batch_size} images of {model.preprocessing['size']} pixels"
         raise UserError(f"not enough memory on {model.device} for {batches}: try {advice}") from None
@@ -1321,11 +1356,11 @@ class FineTuner:
         without_norms = [module for module in trainable if not is_batchnorm(module)]
         # Pre-trained BatchNorm keeps its statistics: it stays in eval mode.
         self.in_train_mode = trainable if learn_statistics else without_norms
-        smallest = count // self.steps_per_epoch // WORLD_SIZE
-        if smallest < 1 + (len(self.in_train_mode) > len(without_norms)):
+        self.parts, self.smallest = 1, count // self.steps_per_epoch // WORLD_SIZE
+        if self.smallest < 1 + (len(self.in_train_mode) > len(without_norms)):
             raise UserError(
-                f"a step has {smallest} images in some process, too few to train on (BatchNorm with random weights "
-                "needs 2): raise --batch-size, or start fewer processes"
+                f"a step has {self.smallest} images in some process, too few to train on (BatchNorm with random "
+                "weights needs 2): raise --batch-size, or start fewer processes"
             )
         self.network = build_network(backbone, head.to(self.device).requires_grad_(True), model.dtype)
         self.parallel_network = self.network
@@ -1361,6 +1396,20 @@ class FineTuner:
 
     def clip_gradients(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+
+    def save_memory(self) -> bool:
+        """Drop the pixels kept on the device; then halve the batches for which gradients are computed."""
+        if self.pixels.resident:
+            self.pixels.resident.clear()
+            log("memory is short: images are read from their files again in each epoch")
+        elif WORLD_SIZE == 1 and self.smallest >= 4 * self.parts:  # BatchNorm needs two images
+            self.parts *= 2
+            log(f"memory is short: gradients are computed in {self.parts} parts of each batch")
+        else:
+            return False
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
 
     def updated_model(self) -> InferenceModel:
         """Return the inference model, with the current weights of the backbone."""
@@ -1476,8 +1525,10 @@ class PixelStore:
                 return None
             if part.shape[-1] != pixels.shape[-1]:
                 larger = torch.empty(len(split), *part.shape[1:], dtype=torch.uint8, device=self.model.device)
-                for rows in torch.arange(done).split(self.model.batch_size):
-                    larger[rows] = resize(pixels[rows], size, interpolation)
+                if done:
+                    parts = zip(larger[:done].split(self.model.batch_size), pixels[:done].split(self.model.batch_size))
+                    for target, stored in parts:
+                        target.copy_(resize(stored, size, interpolation))
                 pixels = larger
             pixels[done : done + len(part)] = part
             done += len(part)
@@ -1518,9 +1569,14 @@ def augment_batch(
     views = torch.tensor(augmentation.views)
     turns, mirrored = views[torch.randint(len(views), (len(pixels),))].unbind(1)
     # Mirror first; then a quarter turn if their number is odd, then a half turn: three selections serve all views.
-    for chosen, view in ((mirrored > 0, (0, True)), (turns % 2 > 0, (1, False)), (turns > 1, (2, False))):
-        if chosen.any():
-            mask = to_device(chosen, pixels.device)[:, None, None, None]
+    selections: list[tuple[View, Callable]] = [
+        ((0, True), lambda turns, mirrored: mirrored > 0),
+        ((1, False), lambda turns, mirrored: turns % 2 > 0),
+        ((2, False), lambda turns, mirrored: turns > 1),
+    ]
+    for view, is_selected in selections:
+        if any(is_selected(*own) for own in augmentation.views):
+            mask = to_device(is_selected(turns, mirrored), pixels.device)[:, None, None, None]
             pixels = torch.where(mask, apply_view(pixels, view), pixels)
     if not augmentation.strong:
         return normalize(pixels), targets

@@ -42,7 +42,7 @@ def same_model(*folders):
 
 def measure(file, split):
     """Return loss and accuracy of a checkpoint, by plain torchvision: without folded BatchNorm and channels last."""
-    from common import list_split, preprocess, read_image
+    from common import list_split, preprocess, read_image, resize
 
     checkpoint = load_pt(file)
     model = torchvision.models.get_model(checkpoint["arch"], **checkpoint["model_kwargs"]).eval()
@@ -50,7 +50,7 @@ def measure(file, split):
     size, interpolation, *rest = (checkpoint["preprocessing"][key] for key in ("size", "interpolation", "mean", "std"))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in rest)
     paths, _, targets = list_split(split, checkpoint["classes"])
-    images = preprocess([read_image(path) for path in paths], size, interpolation)
+    images = resize(preprocess([read_image(path) for path in paths], size, interpolation), size, interpolation)
     with torch.no_grad():
         logits, targets = model((images / 255 - mean) / std), torch.tensor(targets)
     loss = torch.nn.functional.cross_entropy(logits, targets).item()
