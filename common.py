@@ -414,7 +414,9 @@ def acquire_lock(path: Path) -> IO[str]:
         except (BlockingIOError, PermissionError):
             file.close()
             raise LockedError(f"another run holds {path}; wait for it to end") from None
-        except OSError as error:  # some network file systems
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
             log(f"warning: {path} cannot be locked ({error.strerror}): let no other run use this folder")
             return file
 

@@ -624,6 +624,21 @@ def test_lock(tmp_path):
     assert lock.parent.exists()  # folders that were there before stay
 
 
+def test_lock_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    number = common.errno.ENOLCK
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with common.hold_lock(tmp_path / ".lock"):
+        assert "cannot be locked" in capsys.readouterr().err
+    number = common.errno.EIO  # any other error is not ignored
+    with pytest.raises(OSError, match=os.strerror(number)), common.hold_lock(tmp_path / ".lock"):
+        pass
+
+
 def test_hash_of_a_file(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert common.hash_file(tmp_path / "file").startswith("ba7816bf8f01cfea")
