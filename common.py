@@ -423,8 +423,7 @@ def acquire_lock(path: Path) -> IO[str]:
 
 def hash_file(path: str | Path, algorithm: str = "sha256") -> str:
     """Return the hexadecimal digest of a file's content. Raises OSError for pipes and devices, which may never end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    require_regular_file(path)
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -432,11 +431,16 @@ def hash_file(path: str | Path, algorithm: str = "sha256") -> str:
     return digest.hexdigest()
 
 
+def require_regular_file(path: str | Path) -> None:
+    """Raise OSError for a file that does not exist, and for pipes and devices, which may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def read_content(path: str | Path) -> bytes:
     """Return the content of an image file. Raises ImageError if it cannot be read."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe may never end
-            raise ImageError(path, "not a regular file")
+        require_regular_file(path)
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
@@ -525,8 +529,8 @@ def read_image(path: str | Path, size: int | None = None, content: bytes | None 
     declares more than 178 million pixels (Pillow's limit against decompression bombs).
     """
     try:
-        if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe may never end
-            raise ImageError(path, "not a regular file")
+        if content is None:
+            require_regular_file(path)
         with Image.open(path if content is None else io.BytesIO(content)) as image:
             if size and image.format in ("JPEG", "MPO"):
                 image.draft(None, (2 * size, 2 * size))
@@ -672,22 +676,25 @@ def resize_by_products(pixels: torch.Tensor, size: int, interpolation: str) -> t
 
     It is a product of matrices for each, in float32, in which these integers and their sums are exact.
     """
-    weights, bits = resize_weights(pixels.shape[-1], size, interpolation)
-    weights = to_device(weights, pixels.device)
-    rows = (pixels.float() @ weights.T).add_(2.0 ** (bits - 1)).mul_(2.0**-bits).floor_().clamp_(0, 255)
-    return (weights @ rows).add_(2.0 ** (bits - 1)).mul_(2.0**-bits).floor_().clamp_(0, 255).to(torch.uint8)
+    weights, bits = resize_weights(pixels.shape[-1], size, interpolation, pixels.device)
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return values.add_(2.0 ** (bits - 1)).mul_(2.0**-bits).floor_().clamp_(0, 255)
+
+    return rounded(weights @ rounded(pixels.float() @ weights.T)).to(torch.uint8)
 
 
-@functools.cache
-def resize_weights(old: int, new: int, interpolation: str) -> tuple[torch.Tensor, int]:
+@functools.cache  # so that they are sent to a GPU only once
+def resize_weights(old: int, new: int, interpolation: str, device: torch.device) -> tuple[torch.Tensor, int]:
     """Return the weights [new, old] of torch's resize of uint8 images, as integers in float32, and their binary places.
 
     They have as many places as leave the largest within 15 bits.
     """
     identity = torch.eye(old, dtype=torch.float64)[None, None]
     weights = torch.nn.functional.interpolate(identity, (new, old), mode=interpolation, antialias=True)[0, 0]
-    bits = max(places for places in range(23) if int(0.5 + weights.max().item() * 2**places) < 1 << 15)
-    return (weights * 2**bits + 0.5 * weights.sign()).trunc().float(), bits
+    largest = weights.max().item()
+    bits = max(places for places in range(23) if int(0.5 + largest * 2**places) < 1 << 15)
+    return (weights * 2**bits + 0.5 * weights.sign()).trunc().float().to(device), bits
 
 
 def apply_view(images: torch.Tensor, view: View) -> torch.Tensor:
@@ -721,7 +728,7 @@ class ImageBatch(NamedTuple):
 def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any] | None]:
     """Group items into lists of `size`; a None among them ends a list early, and is passed on."""
     batch = []
-    for item in chain(items, [None]):
+    for item in items:
         if item is not None:
             batch.append(item)
         if batch and (item is None or len(batch) == size):
@@ -729,6 +736,8 @@ def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any] | None]:
             batch = []
         if item is None:
             yield None
+    if batch:
+        yield batch
 
 
 def read_batches(
@@ -768,8 +777,7 @@ def read_batches(
     try:
         for batch in chain(batches, [()]):
             if batch:
-                chunks = [batch[first : first + READ_CHUNK] for first in range(0, len(batch), READ_CHUNK)]
-                ahead.append((batch, [executor.submit(load, chunk) for chunk in chunks]))
+                ahead.append((batch, [executor.submit(load, chunk) for chunk in in_batches(batch, READ_CHUNK)]))
             while ahead and (not batch or sum(len(tasks) for _, tasks in islice(ahead, 1, None)) >= 2 * threads):
                 yield merge(*ahead.popleft())
             if batch is None:
@@ -1220,13 +1228,17 @@ class InferenceModel:
             if self.batch_size == 1 and not self.expendable:
                 raise UserError(f"not enough memory on {self.device} for an image; use another --device") from None
         # After the except block, because the error keeps what the failed attempt has allocated.
-        if self.expendable:
-            self.expendable.clear()
-        else:
+        if not self.free_memory():
             self.batch_size = max(1, self.batch_size // 2)
+        return self.forward_features(pixels)
+
+    def free_memory(self) -> bool:
+        """Return unused memory to the device, after dropping what is expendable; return whether there was any."""
+        dropped = bool(self.expendable)
+        self.expendable.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return self.forward_features(pixels)
+        return dropped
 
     def _forward_batch(self, pixels: torch.Tensor) -> torch.Tensor:
         count = len(pixels)
@@ -1375,8 +1387,7 @@ def read_cached_features(
         for row in sorted(unknown):
             groups.setdefault(tuple(unknown[row]), []).append(row)
         for numbers, rows in groups.items():
-            starts = range(0, len(rows), batch_size)
-            missing += [MissingBatch(request, numbers, rows[start : start + batch_size]) for start in starts]
+            missing += [MissingBatch(request, numbers, part) for part in in_batches(rows, batch_size)]
     return missing
 
 

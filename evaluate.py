@@ -339,7 +339,7 @@ def classify(
     _ = model.backbone  # prepared here, outside the measured time
     with Progress(f"evaluate {candidate.name}", len(images.paths)) as progress:
         batches = in_batches(zip(images.paths, images.hashes), model.batch_size)
-        for batch in read_batches(filter(None, batches), checkpoint.preprocessing, workers, read_known):
+        for batch in read_batches(batches, checkpoint.preprocessing, workers, read_known):
             pixels = batch.complete_pixels()
             start = time.perf_counter()
             logits = model.forward_views(pixels, candidate.views)

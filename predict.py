@@ -165,7 +165,7 @@ class Classifier(NamedTuple):
         """
         batches = in_batches(paths, self.model.batch_size)
         started = None
-        for batch in read_batches(batches, self.model.preprocessing, self.workers, read):
+        for batch in chain(read_batches(batches, self.model.preprocessing, self.workers, read), [None]):
             previous, started = started, batch and self.start(batch)
             if previous:
                 yield self.finish(*previous)

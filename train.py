@@ -32,7 +32,6 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-
 from common import CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, MAX_IMAGE_SIZE, RANK, RUN_FORMAT, SPLITS, VIEWS
 from common import WORLD_SIZE
 from common import Checkpoint, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Network, Split, UserError, View
@@ -203,8 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             args.precision, dtype = "fp32", torch.float32
         log_device(device, [dtype])
         # Not before the processes are connected, so that the others learn of a lock that is held.
-        lock = hold_lock(args.out / ".lock")
-        broadcast_from_rank0(lambda: stack.enter_context(lock))
+        broadcast_from_rank0(lambda: stack.enter_context(hold_lock(args.out / ".lock")))
         dataset, network, unfinished, incumbent = broadcast_from_rank0(lambda: prepare(args))
         args = with_defaults(args, dataset, network)
         model = InferenceModel(network, device, args.precision)
@@ -1399,16 +1397,13 @@ class FineTuner:
 
     def save_memory(self) -> bool:
         """Drop the pixels kept on the device; then halve the batches for which gradients are computed."""
-        if self.pixels.resident:
-            self.pixels.resident.clear()
+        if self.model.free_memory():
             log("memory is short: images are read from their files again in each epoch")
         elif WORLD_SIZE == 1 and self.smallest >= 4 * self.parts:  # BatchNorm needs two images
             self.parts *= 2
             log(f"memory is short: gradients are computed in {self.parts} parts of each batch")
         else:
             return False
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         return True
 
     def updated_model(self) -> InferenceModel:

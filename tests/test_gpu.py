@@ -286,7 +286,9 @@ GPU = torch.device("cuda:0")
 @pytest.fixture
 def fake(monkeypatch):
     """Return a mode in which tensors are fake, and may be on a device that does not exist."""
-    monkeypatch.setattr(common, "resize_weights", lambda old, new, _: (torch.zeros(new, old), 14))
+    monkeypatch.setattr(
+        common, "resize_weights", lambda old, new, _, device: (torch.zeros(new, old, device=device), 14)
+    )
     for module in (common, train):  # torch would compute constants for real
         monkeypatch.setattr(module, "to_device", lambda tensor, device: tensor.new_empty(tensor.shape, device=device))
     return FakeTensorMode(allow_non_fake_inputs=True)
