@@ -168,8 +168,11 @@ def leave_at_once_on_failure(main: Callable[[], int]) -> int:
         code = main()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(bool(error.code))
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        if "gloo" in str(error) or isinstance(error, torch.distributed.DistError):
+            log("ended, because the connection to another process is lost", every_rank=True)
+        else:
+            traceback.print_exc()
     if code:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):

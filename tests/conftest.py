@@ -130,6 +130,11 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def names(folder: Path) -> list[str]:
+    """Return the names of the files and folders in a folder, sorted."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 def load_pt(path: str | Path) -> dict:
     """Return the content of a file that was written by torch.save."""
     import torch
@@ -201,6 +206,33 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_tree(tmp_path_factory.mktemp("data") / "colors")
     shared[folder] = stamps(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state dict of a ResNet-18 with random weights, as a file: runs with different seeds share their backbone."""
+    import torch
+    import torchvision
+
+    file = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.manual_seed(5)
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    shared[file] = stamps(file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def similar_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of three classes of which two look alike: no model is without errors."""
+    counts = (("train", 24), ("val", 30), ("test", 30))
+    data = make_tree(tmp_path_factory.mktemp("similar") / "data", counts)
+    for split, count in counts:
+        for number in range(count):
+            for name, red in (("red", 105), ("blue", 95)):
+                shade = red + random.Random(f"{split}{name}{number}").randrange(-12, 12)
+                tile((shade, 40, 100), f"hard {split}{name}{number}").save(data / split / name / f"{name} {number}.png")
+    shared[data] = stamps(data)
+    return data
 
 
 @dataclass

@@ -9,15 +9,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, TINY, after_epochs, load_pt, make_tree
+from conftest import ROOT, SMALL, TINY, after_epochs, load_pt, make_tree, names
 from PIL import Image
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="uses POSIX signals and limits")
 FILES = ["history.csv", "last.pt", "model.pt"]
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def run_script(name, *argv):

@@ -19,7 +19,7 @@ import zipfile
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SMALL, TINY, command, equal_tensors, load_pt, make_tree, read_csv, real, shared, stamps, tile
+from conftest import ROOT, SMALL, TINY, command, equal_tensors, load_pt, make_tree, names, read_csv, real, tile
 from PIL import Image
 
 FIELDS = ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "seconds"]
@@ -28,10 +28,6 @@ FILES = ["history.csv", "last.pt", "model.pt"]
 
 def history(folder):
     return read_csv(folder / "history.csv")
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def same_model(*folders):
@@ -55,30 +51,6 @@ def measure(file, split):
         logits, targets = model((images / 255 - mean) / std), torch.tensor(targets)
     loss = torch.nn.functional.cross_entropy(logits, targets).item()
     return loss, (logits.argmax(1) == targets).float().mean().item()
-
-
-@pytest.fixture(scope="session")
-def random_weights(tmp_path_factory):
-    """A state dict of a ResNet-18 with random weights, as a file: runs with different seeds share their backbone."""
-    file = tmp_path_factory.mktemp("weights") / "resnet18.pth"
-    torch.manual_seed(5)
-    torch.save(torchvision.models.resnet18().state_dict(), file)
-    shared[file] = stamps(file)
-    return file
-
-
-@pytest.fixture(scope="session")
-def similar_tree(tmp_path_factory):
-    """A tree of three classes of which two look alike: no model is without errors."""
-    counts = (("train", 24), ("val", 30), ("test", 30))
-    data = make_tree(tmp_path_factory.mktemp("similar") / "data", counts)
-    for split, count in counts:
-        for number in range(count):
-            for name, red in (("red", 105), ("blue", 95)):
-                shade = red + random.Random(f"{split}{name}{number}").randrange(-12, 12)
-                tile((shade, 40, 100), f"hard {split}{name}{number}").save(data / split / name / f"{name} {number}.png")
-    shared[data] = stamps(data)
-    return data
 
 
 # ---------------------------------------------------------------- results and files
@@ -793,27 +765,6 @@ def test_out_of_memory_suggests_a_batch_size(run, similar_tree, tmp_path, monkey
     args = ["--finetune", "all", "--batch-size", 48, *TINY]
     message = run("train", "--data", similar_tree, "--out", tmp_path / "out", *args, code=2).error[0]
     assert "--batch-size 24" in message and "48 images of 32 pixels" in message
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["head", "all"])
-def test_two_processes_give_the_same_result_as_one(run, similar_tree, random_weights, tmp_path, mode):
-    """Under torchrun only the first process writes and logs, and each image is counted once."""
-    views = {"head": "flip", "all": "none"}[mode]  # while the network is trained, each process draws views of its own
-    # The weights come from a file, because BatchNorm of a random network learns statistics in each process.
-    args = ["--data", similar_tree, "--epochs", 2, "--finetune", mode, "--augment", views, "--batch-size", 16]
-    args += ["--no-cache", *SMALL, "--weights", random_weights]
-    alone = run("train", *args, "--out", tmp_path / "alone").json
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / "train.py"]
-    line += [*args, "--out", tmp_path / "two"]
-    done = subprocess.run([str(part) for part in line], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (result,) = map(json.loads, done.stdout.splitlines())
-    assert done.stderr.count("epoch 1/2") == 1
-    assert result["test_acc"] == pytest.approx(alone["test_acc"], abs=2 / 90)
-    one, two = (load_pt(tmp_path / name / "model.pt")["state_dict"] for name in ("alone", "two"))
-    assert all(torch.allclose(one[key].float(), two[key].float(), rtol=1e-2, atol=1e-3) for key in one)
-    assert names(tmp_path / "two") == FILES
 
 
 # ---------------------------------------------------------------- --only-if-better
