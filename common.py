@@ -639,34 +639,49 @@ def read_known(image: tuple[str, str], size: int | None = None) -> Image.Image:
     return read_image(path, size, content)
 
 
-def preprocess(images: Sequence[Image.Image], size: int, interpolation: str) -> torch.Tensor:
-    """Crop RGB images to their center squares: uint8 [B, 3, s, s].
+def preprocess(images: Sequence[Image.Image], preprocessing: dict) -> torch.Tensor:
+    """Turn RGB images into squares: uint8 [B, 3, s, s].
 
-    They are resized to s = `size`, unless all have the same smaller side: then that is s, and `resize` follows on the
-    device of the network, with the same result.
+    They are resized to s = `size`, unless all are squares with the same smaller side: then that is s, and `resize`
+    follows on the device of the network, with the same result.
     """
-    squares = []
+    parts = []
     for image in images:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image if image.width == image.height else image.crop((left, top, left + side, top + side))
+        if crops_squares(preprocessing):
+            image = image.crop(center_square(image.size))
         # Channels last, as Pillow has the pixels, which is also the fastest layout to resize and normalize.
-        pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
-        squares.append(pixels.view(1, side, side, 3).permute(0, 3, 1, 2))
-    return join_pixels(squares, size, interpolation)
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        parts.append(pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2))
+    return join_pixels(parts, preprocessing["size"], preprocessing["interpolation"])
+
+
+def crops_squares(preprocessing: dict) -> bool:
+    """Return whether images are cropped to their center squares, as in all checkpoints of earlier versions."""
+    return preprocessing.get("resize", "crop") == "crop"
+
+
+def center_square(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the box (left, top, right, bottom) of the center square of an image of this width and height."""
+    side = min(size)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return left, top, left + side, top + side
 
 
 def join_pixels(parts: Sequence[torch.Tensor], size: int, interpolation: str) -> torch.Tensor:
-    """Concatenate uint8 pixels [B, 3, s, s], resized to `size` unless all have the same side s of at most that."""
-    sides = {part.shape[-1] for part in parts}
+    """Concatenate uint8 pixels [B, 3, h, w], resized to `size` unless all are squares with the same side up to that."""
+    sides = {side for part in parts for side in part.shape[2:]}
     if len(sides) > 1 or max(sides, default=0) > size:
         parts = [resize(part, size, interpolation) for part in parts]
     return torch.cat(list(parts)) if parts else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
 
 def resize(pixels: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
-    """Resize uint8 pixels [B, 3, S, S] to [B, 3, size, size] with antialiasing, with the same result on all devices."""
-    if pixels.shape[-1] == size:
+    """Resize uint8 pixels [B, 3, h, w] to [B, 3, size, size] with antialiasing, with the same result on all devices.
+
+    On other devices than the CPU they have to be squares. (Some versions of torchvision resize bilinearly in float32 on
+    some processors, as 0.21 does with AVX-512: there the last bit may differ.)
+    """
+    if pixels.shape[2:] == (size, size):
         return pixels
     if pixels.device.type == "cpu" or interpolation.startswith("nearest"):
         mode = functional.InterpolationMode(interpolation)
@@ -768,7 +783,7 @@ def read_batches(
                 errors.append(None)
             except ImageError as error:
                 errors.append(error)
-        return preprocess(images, size, interpolation), errors
+        return preprocess(images, preprocessing), errors
 
     def merge(batch: list[Any], tasks: list[Future]) -> ImageBatch:
         parts, errors = zip(*(task.result() for task in tasks))
@@ -1020,7 +1035,9 @@ class Network:
 
     arch: str  # torchvision's name of the architecture
     model_kwargs: dict  # the arguments with which torchvision builds the model, `num_classes` among them
-    preprocessing: dict  # `size` in pixels, `interpolation`, `mean` and `std` of the channels for pixels in 0..1
+    # `size` in pixels, `resize` ("squish": the whole image becomes a square; "crop": its center square, the default of
+    # checkpoints without the key), `interpolation`, `mean` and `std` of the channels for pixels in 0..1.
+    preprocessing: dict
     model: torch.nn.Module
     # `short_hashes` of the images with which train.py has trained the model, and on which it has chosen the epoch.
     train_hashes: torch.Tensor = field(default_factory=lambda: short_hashes([]), kw_only=True)
@@ -1033,11 +1050,14 @@ def list_architectures() -> list[str]:
     return [name for name in names if not name.startswith("squeezenet")]
 
 
-def load_pretrained(arch: str, weights: str | None, num_classes: int, image_size: int | None, seed: int) -> Network:
+def load_pretrained(
+    arch: str, weights: str | None, num_classes: int, image_size: int | None, resize_mode: str | None, seed: int
+) -> Network:
     """Build torchvision's `arch` with pre-trained weights and a new classifier for `num_classes` classes.
 
     `weights` is the name of a torchvision weights entry, a file (a torchvision state dict or a checkpoint of train.py),
-    "none" for random weights, or None for the default entry. Raises UserError for an unknown architecture, for weights
+    "none" for random weights, or None for the default entry. `image_size` and `resize_mode` replace what the
+    preprocessing of these weights has. Raises UserError for an unknown architecture, for weights
     that are not available or do not fit, and for an impossible image size.
     """
     if arch.startswith("squeezenet"):
@@ -1063,7 +1083,7 @@ def load_pretrained(arch: str, weights: str | None, num_classes: int, image_size
             checkpoint = read_checkpoint(name)
             if checkpoint.arch != arch:
                 raise UserError(f"{name} is a {checkpoint.arch}; pass --arch {checkpoint.arch}")
-            state_dict, preprocessing = checkpoint.model.state_dict(), checkpoint.preprocessing
+            state_dict, preprocessing = checkpoint.model.state_dict(), {"resize": "crop", **checkpoint.preprocessing}
             transform_input = checkpoint.model_kwargs.get("transform_input", False)
             fine_tuned = checkpoint.args.get("finetune", "head") != "head"
             # A frozen backbone has seen no images, unless the checkpoint remembers more than it was trained on.
@@ -1071,7 +1091,8 @@ def load_pretrained(arch: str, weights: str | None, num_classes: int, image_size
                 hashes = {"train_hashes": checkpoint.train_hashes, "val_hashes": checkpoint.val_hashes}
     else:
         raise UserError(f"--weights {name}: neither a file nor one of {', '.join(names)}, none")
-    preprocessing = {**preprocessing, "size": image_size or preprocessing["size"]}
+    preprocessing["size"] = image_size or preprocessing["size"]
+    preprocessing["resize"] = resize_mode or preprocessing["resize"]
     kwargs = {}
     if arch in ("googlenet", "inception_v3"):  # no auxiliary classifiers; the input scale of their ImageNet weights
         kwargs = {"aux_logits": False, "transform_input": transform_input}
@@ -1094,10 +1115,13 @@ def load_pretrained(arch: str, weights: str | None, num_classes: int, image_size
 
 
 def entry_preprocessing(entry: Any) -> dict:
-    """Return the preprocessing with which the weights of a torchvision weights entry were trained."""
+    """Return the preprocessing with which the weights of a torchvision weights entry were trained.
+
+    Only that they were trained on crops is not taken over: whole images give better features.
+    """
     transform = entry.transforms()
-    size, interpolation = transform.crop_size[0], transform.interpolation.value
-    return {"size": size, "interpolation": interpolation, "mean": list(transform.mean), "std": list(transform.std)}
+    preprocessing = {"size": transform.crop_size[0], "resize": "squish", "interpolation": transform.interpolation.value}
+    return {**preprocessing, "mean": list(transform.mean), "std": list(transform.std)}
 
 
 def download_weights(arch: str, entry: Any) -> dict[str, torch.Tensor]:
@@ -1678,6 +1702,7 @@ def invalid_fields(content: dict) -> list[str]:
         and all(kinds.get(key) is type(kwargs[key]) for key in kwargs)
         and is_size(kwargs.get("image_size", 1)),
         "size": is_size(preprocessing.get("size")),
+        "resize": preprocessing.get("resize", "crop") in ("squish", "crop"),
         "interpolation": preprocessing.get("interpolation") in ("nearest", "nearest-exact", "bilinear", "bicubic"),
         "mean": is_channels(preprocessing.get("mean"), -math.inf),
         "std": is_channels(preprocessing.get("std"), 0),

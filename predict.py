@@ -25,9 +25,10 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from common import EXIT_SOME_UNREADABLE, TTA_HELP
 from common import ImageBatch, InferenceModel, LazyModule, Progress, UserError, View
-from common import add_hardware_options, atomic_write, checkpoint_precision, checkpoint_views, command, csv_writer
-from common import find_images, fraction, in_batches, log, log_device, make_parser, new_figure, pick_device
-from common import positive_int, printable, read_batches, read_checkpoint, read_image, save_figure, write_csv
+from common import add_hardware_options, atomic_write, center_square, checkpoint_precision, checkpoint_views, command
+from common import crops_squares, csv_writer, find_images, fraction, in_batches, log, log_device, make_parser
+from common import new_figure, pick_device, positive_int, printable, read_batches, read_checkpoint, read_image
+from common import save_figure, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +139,7 @@ class Prediction(NamedTuple):
     """The result for one image: its pixels and probabilities, or an error."""
 
     path: Any  # the file; for a tile of a scene its box (left, top, right, bottom)
-    pixels: torch.Tensor | None = None  # its center square, as read by `read_batches`: uint8 [3, s, s]
+    pixels: torch.Tensor | None = None  # as read by `read_batches`: uint8 [3, s, s]
     probabilities: torch.Tensor | None = None  # of each class, calibrated, float64 [C]
     error: str | None = None  # why the image cannot be read
 
@@ -303,7 +304,9 @@ class PredictionPages:
             left.set_title(name if len(name) < 28 else f"{name[:12]}...{name[-13:]}", fontsize=8, color="0.35")
             if self.explain:
                 target = int(prediction.probabilities.argmax())
-                draw_cam(middle[0], image.size, grad_cam(self.classifier.model, prediction.pixels, target))
+                model = self.classifier.model
+                seen = center_square(image.size) if crops_squares(model.preprocessing) else (0, 0, *image.size)
+                draw_cam(middle[0], image.size, seen, grad_cam(model, prediction.pixels, target))
             draw_bars(right, prediction.rank(self.classifier.classes, BARS), self.min_confidence)
         file = self.file if self.page == 1 else self.file.with_name(f"{self.file.stem}-{self.page}{self.file.suffix}")
         save_figure(file, figure)
@@ -311,14 +314,13 @@ class PredictionPages:
         self.pictures, self.page = [], self.page + 1
 
 
-def draw_cam(axes: Any, image_size: tuple[int, int], cam: torch.Tensor) -> None:
-    """Draw a Grad-CAM map over an image: over its center square, which is what the network has seen."""
+def draw_cam(axes: Any, image_size: tuple[int, int], seen: tuple[int, int, int, int], cam: torch.Tensor) -> None:
+    """Draw a Grad-CAM map over the part of an image that the network has seen: (left, top, right, bottom)."""
     if not cam.any():
         axes.set_title("nothing supports it", fontsize=8, color="0.35")
         return
-    (width, height), side = image_size, min(image_size)
-    x, y = (width - side) / 2 - 0.5, (height - side) / 2 - 0.5
-    extent = (x, x + side, y + side, y)
+    (width, height), (left, top, right, bottom) = image_size, (edge - 0.5 for edge in seen)
+    extent = (left, right, bottom, top)
     axes.imshow(cam.tolist(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, interpolation="bilinear", extent=extent)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 

@@ -74,6 +74,10 @@ WEIGHTS_HELP = (
     "or none for random weights. Default: IMAGENET1K_V1 if it exists (features of networks trained with plain softmax "
     "cross entropy transfer better when frozen; Kornblith et al., NeurIPS 2021), else DEFAULT"
 )
+RESIZE_HELP = (
+    "of images that are not square. squish: the whole image is resized to a square; crop: its center square is. "
+    "Default: squish, or what the model.pt given as --weights was trained with"
+)
 AUGMENT_HELP = (
     "views of each training image, one of them drawn per epoch. none: the image as it is; flip: also its mirror image "
     "(for photographs); dihedral: all flips and quarter turns (for images from above). strong (only with --finetune "
@@ -114,6 +118,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--list-archs", action="store_true", help="print the names that --arch takes, and exit")
     add("--weights", metavar="NAME", help=WEIGHTS_HELP)
     add("--image-size", type=positive_int, metavar="PIXELS", help="side of the input (default: that of the weights)")
+    add("--resize", choices=("squish", "crop"), help=RESIZE_HELP)
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive_int, metavar="N", help=EPOCHS_HELP)
     add("--batch-size", type=positive_int, default=64, metavar="N", help="images per optimizer step")
@@ -342,7 +347,7 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, Network, UnfinishedRun |
         leftover.unlink()
     unfinished = read_unfinished(args.out, args.resume, args.restart)
     old = read_incumbent(args.out / "model.pt", classes, args.data) if args.only_if_better else None
-    network = load_pretrained(args.arch, args.weights, len(classes), args.image_size, args.seed)
+    network = load_pretrained(args.arch, args.weights, len(classes), args.image_size, args.resize, args.seed)
     splits = {}
     for name, (paths, targets) in listing.items():
         splits[name] = Split(paths, torch.tensor(targets), hash_images(paths, args.workers))

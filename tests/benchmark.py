@@ -58,7 +58,8 @@ if TYPE_CHECKING:
 # Not from conftest.py, which changes the environment for the tests.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PREPROCESSING = {"size": 224, "interpolation": "bilinear", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+PREPROCESSING = {"size": 224, "resize": "squish", "interpolation": "bilinear"}
+PREPROCESSING |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def main() -> None:
@@ -378,7 +379,7 @@ def make_learner(job: TrainingJob, count: int, image_size: int, batch_size: int,
     chosen = sample_evenly(list(range(len(paths))), count)
     paths, targets = [paths[row] for row in chosen], torch.tensor([targets[row] for row in chosen])
     dataset = train.Dataset(classes, {"train": Split(paths, targets, hash_images(paths))})
-    network = load_pretrained(job.arch, job.weights, len(classes), image_size, 0)
+    network = load_pretrained(job.arch, job.weights, len(classes), image_size, None, 0)
     model = InferenceModel(network, pick_device(job.device), job.precision)
     head = train.standardized_head(model.head, torch.randn(1, 64, model.num_features))
     (views,) = [name for name in augment if name != "strong"] or ["flip"]

@@ -46,7 +46,8 @@ def measure(file, split):
     size, interpolation, *rest = (checkpoint["preprocessing"][key] for key in ("size", "interpolation", "mean", "std"))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in rest)
     paths, _, targets = list_split(split, checkpoint["classes"])
-    images = resize(preprocess([read_image(path) for path in paths], size, interpolation), size, interpolation)
+    images = [read_image(path) for path in paths]
+    images = resize(preprocess(images, checkpoint["preprocessing"]), size, interpolation)
     with torch.no_grad():
         logits, targets = model((images / 255 - mean) / std), torch.tensor(targets)
     loss = torch.nn.functional.cross_entropy(logits, targets).item()
@@ -68,7 +69,7 @@ def test_result_line_history_and_checkpoint(trained, tree):
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     assert float(rows[0]["lr"]) == 0.01 and float(rows[-1]["lr"]) < float(rows[0]["lr"])
     assert checkpoint["classes"] == ["blue", "green", "red"]
-    preprocessing = {"size": 32, "interpolation": "bilinear"}
+    preprocessing = {"size": 32, "resize": "squish", "interpolation": "bilinear"}
     preprocessing |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     assert checkpoint["preprocessing"] == preprocessing
     assert checkpoint["args"]["epochs"] == 4 and checkpoint["args"]["data"] == str(tree)
@@ -164,6 +165,35 @@ def test_own_checkpoint_as_weights(run, trained, tmp_path):
     torch.save(old["state_dict"], tmp_path / "plain.pth")
     run("train", *args, "--out", tmp_path / "plain", "--weights", tmp_path / "plain.pth", "--image-size", 32)
     assert equal_tensors(new["state_dict"], load_pt(tmp_path / "plain" / "model.pt")["state_dict"])
+
+
+def test_resize_modes(run, trained, tmp_path):
+    """Images that are not square are squished by default; a model.pt without the key, of an older version, crops."""
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        for name, (left, right) in {"a": ("red", "blue"), "b": ("blue", "red")}.items():
+            (data / split / name).mkdir(parents=True)
+            for number in range(6):
+                image = tile((90, 90, 90), f"{split}{name}{number}", (96, 32))
+                image.paste(left, (0, 0, 32, 32))
+                image.paste(right, (64, 0, 96, 32))  # the center square shows no class
+                image.save(data / split / name / f"{number}.png")
+    args = ["--data", data, "--epochs", 20, "--lr", 0.02, "--augment", "none", *SMALL]
+    whole = run("train", *args, "--out", tmp_path / "whole").json
+    cropped = run("train", *args, "--out", tmp_path / "crop", "--resize", "crop").json
+    assert whole["val_acc"] == 1 and cropped["val_acc"] < 0.9
+    content = load_pt(tmp_path / "crop" / "model.pt")
+    assert content["preprocessing"].pop("resize") == "crop"
+    torch.save(content, tmp_path / "old.pt")
+    results = [
+        run("evaluate", "--checkpoint", model, "--data", data, "--split", "val", "--out", tmp_path / "report").json
+        for model in (tmp_path / "crop" / "model.pt", tmp_path / "old.pt")
+    ]
+    assert results[0]["loss"] == results[1]["loss"] and results[0]["accuracy"] == cropped["val_acc"]
+    args = ["--data", data, "--epochs", 1, "--arch", "resnet18", "--weights", tmp_path / "old.pt"]
+    for options, expected in (([], "crop"), (["--resize", "squish"], "squish")):
+        run("train", *args, "--out", tmp_path / "next", *options)
+        assert load_pt(tmp_path / "next" / "model.pt")["preprocessing"]["resize"] == expected
 
 
 def test_pretrained_googlenet_keeps_its_input_scale(run, tree, tmp_path):
@@ -501,7 +531,7 @@ def test_tta_averages_the_views_of_the_training(run, trained, similar_tree, tmp_
 
     def averaged(split):
         paths, _, targets = list_split(similar_tree / split)
-        pixels = preprocess([read_image(path) for path in paths], 32, "bilinear")
+        pixels = preprocess([read_image(path) for path in paths], checkpoint.preprocessing)
         views = [view.rot90(turn, (-2, -1)) for view in (pixels, pixels.flip(-1)) for turn in range(turns)]
         probabilities = [model.forward_head(model.forward_features(view)).softmax(1) for view in views]
         return (sum(probabilities) / len(views)).log(), torch.tensor(targets)
