@@ -20,6 +20,7 @@ import math
 import operator
 import os
 import random
+import re
 import shutil
 import sys
 import tarfile
@@ -28,6 +29,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -44,22 +46,29 @@ EUROSAT_URL = (
 )
 EUROSAT_MD5 = "c8fa014336c82ac7804f0398fcb19387"
 REQUEST_FILE = ".prepared.json"  # in OUT: the request from which the tree was made
+# Formats that Pillow can read, some with a plug-in, but ImageFolder does not list.
+OTHER_FORMATS = (".avif", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpx", ".psd", ".tga")
+LABELS_PATH = ("path", "image_path", "file", "filename", "file_name", "image", "image_id", "image_name", "id", "name")
+LABELS_CLASS = ("class", "class_name", "label", "category", "target")
+LABELS_SPLIT = ("split", "set", "subset")
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # An archive may unpack to this many times its own size, and always to the minimum. Images hardly compress.
 UNPACK_RATIO, UNPACK_MINIMUM = 20, 1 << 30
 
 
 @dataclass(eq=False)
 class Record:
-    """An image of the source, or of the tree that exists at OUT."""
+    """An image of the source, or of the tree that exists at OUT; or, with a reason, another thing that is left out."""
 
     path: str  # inside the source or tree
     file: str  # the file on disk that has its content
-    class_name: str
-    name: str  # its file name in the tree, unique within class and split
-    split: str | None  # train, val or test; None until it is assigned
+    class_name: str = ""
+    name: str = ""  # its file name in the tree, unique within class and split
+    split: str | None = None  # train, val or test; None until it is assigned
     sha256: str = ""  # of the content; empty until the image is checked
-    reason: str | None = None  # why the image cannot be read; None if it can be
+    reason: str | None = None  # why it is left out; None if it is not
     in_tree: bool = False  # the tree at OUT already has the image
+    group: str | None = None  # with --group-by: images with the same group are assigned to the same split
 
 
 @dataclass
@@ -68,7 +77,7 @@ class Contents:
 
     images: list[tuple[PurePosixPath, str]]  # path inside the source, and the file on disk that has its content
     folders: set[PurePosixPath]  # of an archive only those that are listed or have files other than images
-    others: int  # number of files that are not images
+    others: collections.Counter[str]  # number of files that are not images, by extension
 
 
 # ---------------------------------------------------------------- command line
@@ -87,7 +96,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--synthetic", action="store_true", help="draw a demonstration set: 10 classes of textures of 64x64 pixels")
     per_class_help = "a random sample of N images per class (and split, if it is given); with --synthetic, draw N"
     add("--per-class", type=positive_int, metavar="N", help=f"{per_class_help} (default: all; with --synthetic 100)")
-    on_bad_help = "if images cannot be read: end with an error, or leave them out and list them in OUT/rejected.csv"
+    labels_help = (
+        "a CSV file with the columns path, class and perhaps split, in place of class folders; a path may lack its "
+        "first folders and its extension if it fits only one image"
+    )
+    add("--labels", type=Path, metavar="FILE", help=labels_help)
+    on_bad_help = (
+        "if images cannot be read, have two classes, are not in a class folder or not in --labels: end with an error, "
+        "or leave them out and list them in OUT/rejected.csv"
+    )
     add("--on-bad", choices=("fail", "skip"), default="fail", help=on_bad_help)
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR", help="(default: data/eurosat, with --synthetic data/synthetic)")
@@ -103,6 +120,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "a splits.csv of this program, or a folder with train.txt, test.txt and perhaps val.txt, which list file"
     )
     add("--splits", type=Path, metavar="PATH", help=f"{splits_help} names, with or without class folder")
+    group_help = (
+        "keep images together, such as those of a patient, a camera or a video: all for which this regular expression "
+        "captures the same text in the path (inside the source) are assigned to the same split"
+    )
+    add("--group-by", type=group_pattern, metavar="REGEX", help=group_help)
     add("--seed", type=seed_number, default=0, metavar="N", help="of split, sample and drawn images")
     args = parser.parse_args(argv)
     if sum(map(bool, (args.source, args.url, args.synthetic))) > 1:
@@ -113,12 +135,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--link hard is only for a --source folder; all other images are unpacked or drawn into OUT")
     if args.update and (args.force or args.per_class):
         parser.error("--update cannot be combined with --force or --per-class")
+    if args.labels and args.synthetic:
+        parser.error("--labels is for images that have no class folders; those of --synthetic have")
     if args.val + args.test >= 1:
         parser.error(f"--val {args.val} and --test {args.test} leave no images for training")
     args.out = args.out or Path("data/synthetic" if args.synthetic else "data/eurosat")
     if not (args.source or args.url or args.synthetic):
         args.url, args.md5 = EUROSAT_URL, EUROSAT_MD5
     return args
+
+
+def group_pattern(text: str) -> re.Pattern:
+    """Argparse type of --group-by: a regular expression with one group."""
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
+    if pattern.groups != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} needs one pair of parentheses, around what names the group")
+    return pattern
 
 
 @command
@@ -145,9 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 contents = draw_textures(staging / "files", args.per_class or 100, args.seed)
             else:
                 contents = list_folder(source) if source.is_dir() else unpack(source, staging / "files")
-            checked = check_images(find_classes(contents, source))
-            rejected = [record for record in checked if record.reason is not None]
-            records = choose_records(args, checked, rejected)
+            found = label_images(contents, args.labels) if args.labels else find_classes(contents, source)
+            records, rejected = choose_records(args, check_images(found))
             if args.dry_run:
                 show_images(records, rejected)
             elif not all(record.in_tree for record in records):
@@ -156,12 +190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 result["changed"] = True
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    result |= summarize(records) | {"not_images": contents.others, "rejected": len(rejected)}
+    result |= summarize(records) | {"not_images": contents.others.total(), "rejected": len(rejected)}
     show_counts(result["counts"])
-    if contents.others:
-        log(f"left out {contents.others} files that do not have an image extension")
-    if rejected:
-        log(f"left out {len(rejected)} images that cannot be read")
+    show_left_out(contents.others, rejected)
     print(json.dumps(result))
 
 
@@ -207,6 +238,10 @@ def describe_request(args: argparse.Namespace) -> dict:
         splits = [hash_file(file) for file in files if file.is_file()]
     settings = {"val": args.val, "test": args.test, "seed": args.seed, "splits": splits}
     settings |= {"per_class": args.per_class, "on_bad": args.on_bad}
+    settings["group_by"] = args.group_by.pattern if args.group_by else None
+    if args.labels and not args.labels.is_file():
+        raise UserError(f"--labels {args.labels}: no such file")
+    settings["labels"] = hash_file(args.labels) if args.labels else None
     return {"source": str(source), "content": content, **settings}
 
 
@@ -223,16 +258,17 @@ def is_complete(out: Path, request: dict, force: bool, update: bool) -> bool:
     except (OSError, ValueError, TypeError, RecursionError):
         previous = {}
     different = [key for key in request if previous.get(key) != request[key]]
-    shown = [key for key in different if key not in ("content", "splits")]
-    details = [f"{key} was {previous.get(key)}, is {request[key]}" for key in shown]
-    details = ", ".join(details + ["the list of --splits differs"] * ("splits" in different))
+    lists = [f"the list of --{key} differs" for key in ("splits", "labels") if key in different]
+    shown = [key for key in different if key not in ("content", "splits", "labels")]
+    details = ", ".join([*(f"{key} was {previous.get(key)}, is {request[key]}" for key in shown), *lists])
+    growing = {"source", "content", "labels"}  # what --update takes new images from
     if update:
-        if fixed := [key for key in different if key not in ("source", "content", "on_bad")]:
+        if fixed := [key for key in different if key not in {*growing, "on_bad"}]:
             raise UserError(f"--update keeps the settings of {out}, but {', '.join(fixed)} differ: {details}")
-        return not {"source", "content"} & set(different)
+        return not growing & set(different)
     if different:
         advice = "choose another --out, or replace it with --force"
-        if set(different) <= {"source", "content"}:
+        if set(different) <= growing:
             advice = f"add the new images with --update, {advice}"
         reason = details or "the source has changed since"
         raise UserError(f"{out} exists, but was made from another request ({reason}); {advice}")
@@ -249,10 +285,11 @@ def read_splits_csv(path: Path) -> list[Record]:
             for row in csv.DictReader(file):
                 place, class_name, split, sha256 = (row[key] or "" for key in ("path", "class", "split", "sha256"))
                 parts, file_name = PurePosixPath(place).parts, f"{path.parent}/{place}"
-                is_inside = parts and ".." not in parts and class_name not in ("", "..") and "/" not in class_name
-                if not is_inside or split not in SPLITS or not sha256:
+                if not parts or ".." in parts or not is_class_name(class_name) or split not in SPLITS or not sha256:
                     raise ValueError("not a row that this program writes")
-                records.append(Record(place, file_name, class_name, parts[-1], split, sha256, in_tree=True))
+                group = row.get("group") or None
+                record = Record(place, file_name, class_name, parts[-1], split, sha256, in_tree=True, group=group)
+                records.append(record)
     except (KeyError, ValueError, csv.Error):
         columns = "path,class,split,sha256"
         raise UserError(f"{path} is not a splits.csv of this program: expected the columns {columns}") from None
@@ -317,13 +354,13 @@ def fetch(url: str, path: Path) -> None:
 
 def list_folder(source: Path) -> Contents:
     """List the files of a source folder."""
-    contents = Contents([], set(), 0)
+    contents = Contents([], set(), collections.Counter())
     for root, names in walk_folders(source):
         folder = PurePosixPath(Path(root).relative_to(source))
         images = [name for name in names if is_image_name(name)]
         contents.images += [(folder / name, os.path.join(root, name)) for name in images]
         contents.folders.add(folder)
-        contents.others += len(names) - len(images)
+        contents.others.update(PurePosixPath(name).suffix.lower() for name in names if not is_image_name(name))
     return contents
 
 
@@ -333,14 +370,15 @@ def unpack(source: Path, folder: Path) -> Contents:
     Raises UserError for an archive that is damaged, has links or paths that lead out of it, or is far larger unpacked.
     """
     folder.mkdir()
-    contents = Contents([], set(), 0)
+    contents = Contents([], set(), collections.Counter())
     room = max(UNPACK_MINIMUM, UNPACK_RATIO * source.stat().st_size)
     with explain_damage(source), Progress(f"unpack {source.name}", None, "files", every=10) as progress:
         for name, is_folder, size, open_entry in archive_entries(source):
             path = PurePosixPath(name)
             hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
             if is_folder or hidden or not is_image_name(path.name):
-                contents.others += not is_folder
+                if not is_folder:
+                    contents.others["" if hidden else path.suffix.lower()] += 1
                 if not hidden:
                     contents.folders.add(path if is_folder else path.parent)
                 continue
@@ -428,7 +466,7 @@ TEXTURES = {
 def draw_textures(folder: Path, per_class: int, seed: int) -> Contents:
     """Draw `per_class` tiles of 64x64 pixels of each class of TEXTURES; the same seed draws the same tiles."""
     folder.mkdir()
-    contents = Contents([], set(), 0)
+    contents = Contents([], set(), collections.Counter())
     with Progress("draw", per_class * len(TEXTURES), every=10) as progress:
         for name, texture in TEXTURES.items():
             for number in range(1, per_class + 1):
@@ -456,44 +494,163 @@ def draw_texture(rng: random.Random, dark: tuple, light: tuple, columns: int, ro
 
 
 def find_classes(contents: Contents, source: Path | None) -> list[Record]:
-    """Return a record for each image. Its class is the first folder below those that contain all images.
+    """Return a record for each image. Its class is the first folder below those that contain nearly all images.
 
-    If the folders at that level are train, val and test, they are the split, and the classes are one level below.
-    Raises UserError for a source without images or with one class, for an image outside the class folders, for a class
-    folder without images, and for two images that would have the same name in the tree.
+    If the folders at that level are train, val and test, they are the split, and the classes are one level below. An
+    image outside the class folders, an image whose name in the tree is taken, and a class folder without images get a
+    reason to be left out. Raises UserError for a source without images or with fewer than two classes.
     """
-    if not contents.images:
-        raise UserError(f"no images in {source}; expected <class>/<image> with one of the usual extensions")
     all_parts = [path.parts for path, _ in contents.images]
+    if not all_parts:
+        raise UserError(f"no images in {source}; expected <class>/<image> with one of the usual extensions")
     level = 0
-    while len({parts[level] for parts in all_parts}) == 1 and all(len(parts) > level + 2 for parts in all_parts):
+    while len(folders_at(level, all_parts)) == 1 and most_are_below(level + 1, all_parts):
         level += 1
-    top = all_parts[0][:level]
-    names = {parts[level] for parts in all_parts}
-    is_split = "train" in names and names <= set(SPLITS) and all(len(parts) > level + 2 for parts in all_parts)
+    is_split = "train" in folders_at(level, all_parts) <= set(SPLITS) and most_are_below(level + 1, all_parts)
     level += is_split
-    records, taken = [], set()
+    records = []
     for (path, file), parts in zip(contents.images, all_parts):
         if len(parts) < level + 2:
-            raise UserError(f"{path} in {source} is not in a class folder; expected <class>/<image>")
-        split, class_name, name = parts[level - 1] if is_split else None, parts[level], "__".join(parts[level + 1 :])
-        key = split, class_name.casefold(), name.casefold()
-        if key in taken:
-            raise UserError(f"two images would both become {class_name}/{name}; rename one of them")
-        taken.add(key)
-        records.append(Record(str(path), file, class_name, name, split))
-    classes = {record.class_name for record in records}
-    if len(classes) < 2:
-        raise UserError(f"{source} has one class, {classes.pop()}; a classifier needs two or more class folders")
+            records.append(Record(str(path), file, reason="not in a class folder"))
+        else:
+            split, name = parts[level - 1] if is_split else None, "__".join(parts[level + 1 :])
+            records.append(Record(str(path), file, parts[level], name, split))
+    require_two_classes(records, f"{source}, where <class>/<image> is expected (or a list of classes, --labels)")
     used = {parts[: level + 1] for parts in all_parts}
-    folders = [folder for folder in contents.folders if len(folder.parts) == level + 1 and folder.parts not in used]
-    if empty := sorted(str(folder) for folder in folders if folder.parts[: len(top)] == top):
-        raise UserError(f"class folder without images: {some(empty)} in {source}; remove it, or put images into it")
+    top = next(parts[: level - is_split] for parts in all_parts if len(parts) > level + 1)
+    for folder in sorted(contents.folders):
+        if len(folder.parts) == level + 1 and folder.parts not in used and folder.parts[: len(top)] == top:
+            records.append(Record(str(folder), "", reason="class folder without images"))
+    reject_taken_names(records)
     return records
 
 
+def folders_at(level: int, all_parts: list[tuple[str, ...]]) -> set[str]:
+    """Return the names of the folders that are at this level of the paths of images."""
+    return {parts[level] for parts in all_parts if len(parts) > level + 1}
+
+
+def most_are_below(level: int, all_parts: list[tuple[str, ...]]) -> bool:
+    """Return whether more than half of the images are in a folder at this level."""
+    return 2 * sum(len(parts) > level + 1 for parts in all_parts) > len(all_parts)
+
+
+def require_two_classes(records: list[Record], where: str) -> None:
+    """Raise UserError if the records have fewer than two classes."""
+    classes = sorted({record.class_name for record in records if record.reason is None})
+    if len(classes) < 2:
+        found = f"one class, {classes[0]}," if classes else "no classes"
+        raise UserError(f"found {found} in {where}; a classifier needs two or more")
+
+
+def reject_taken_names(records: list[Record]) -> None:
+    """Give a reason to each record whose name in the tree is that of another one, also if only upper case differs."""
+    taken: dict[tuple, str] = {}
+    for record in records:
+        if record.reason is None:
+            first = taken.setdefault((record.split, record.class_name.casefold(), record.name.casefold()), record.path)
+            if first != record.path:
+                record.reason = f"its name in the tree, {record.class_name}/{record.name}, is that of {first}"
+
+
+def is_class_name(name: str) -> bool:
+    """Return whether a class can have a folder of this name, which must not be hidden, or lead elsewhere."""
+    return bool(name) and not name.startswith(".") and not any(separator in name for separator in "/\\\0")
+
+
+class PathIndex:
+    """Finds paths by their ends: the first folders and the extension may be left out."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.paths: set[str] = set()
+        self.by_end: dict[str, list[str]] = collections.defaultdict(list)
+        for path in paths:
+            self.paths.add(path)
+            *folders, name = PurePosixPath(path).parts
+            for start in range(len(folders) + 1):
+                for end in {name, PurePosixPath(name).stem}:
+                    self.by_end["/".join((*folders[start:], end))].append(path)
+
+    def find(self, name: str) -> list[str]:
+        """Return the paths that a name fits; only one if it is a whole path."""
+        name = str(PurePosixPath(name.replace("\\", "/")))
+        return [name] if name in self.paths else self.by_end.get(name, [])
+
+
+def label_images(contents: Contents, labels: Path) -> list[Record]:
+    """Return a record for each image, with the class, and perhaps the split, that a list gives it.
+
+    Images that are not listed and names that fit no image get a reason to be left out. Raises UserError for a file that
+    is not such a list, and for names that are listed twice or fit several images.
+    """
+    index, listed, missing, repeated = PathIndex(str(path) for path, _ in contents.images), {}, [], []
+    for name, class_name, split in read_labels(labels):
+        found = index.find(name)
+        if not found:
+            missing.append(Record(name, "", reason=f"listed in {labels.name}, but not in the source"))
+        elif len(found) > 1 or found[0] in listed:
+            repeated.append(name)
+        else:
+            listed[found[0]] = class_name, split
+    if repeated:
+        raise UserError(
+            f"--labels {labels}: {len(repeated)} names are listed twice, or fit several images: {some(repeated)}; "
+            "list each image once, with its folders if there are several of that name"
+        )
+    names = collections.Counter((listed[str(p)][0], p.name.casefold()) for p, _ in contents.images if str(p) in listed)
+    records = []
+    for path, file in contents.images:
+        if str(path) in listed:
+            class_name, split = listed[str(path)]
+            name = path.name if names[class_name, path.name.casefold()] == 1 else "__".join(path.parts)
+            records.append(Record(str(path), file, class_name, name, split))
+        else:
+            records.append(Record(str(path), file, reason=f"not listed in {labels.name}"))
+    require_two_classes(records, f"the lines of {labels} whose path fits an image of the source")
+    reject_taken_names(records)
+    return records + missing
+
+
+def read_labels(file: Path) -> list[tuple[str, str, str | None]]:
+    """Return (path, class, split or None) for each line of a list that has a class. Raises UserError for other files.
+
+    Columns are separated by commas, semicolons or tabs. Without a heading they are path, class, and perhaps split.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # a spreadsheet program marks the beginning of the file
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        rows = [row for row in csv.reader(text.splitlines(keepends=True), delimiter=separator) if "".join(row).strip()]
+    except (UnicodeDecodeError, csv.Error):
+        raise UserError(f"--labels {file} is not a CSV file in UTF-8; save it as such (CSV UTF-8)") from None
+    heading = [cell.strip().casefold() for cell in rows[0]] if rows else []
+    path, label, split = (
+        next((heading.index(name) for name in names if name in heading), None)
+        for names in (LABELS_PATH, LABELS_CLASS, LABELS_SPLIT)
+    )
+    if path is not None and label is None and len(rest := {*range(len(heading))} - {path, split}) == 1:
+        (label,) = rest  # as in `id,breed`
+    if path is None or label is None:  # no heading
+        path, label, split = 0, 1, 2 if len(heading) > 2 else None
+    else:
+        rows = rows[1:]
+    result = []
+    for row in rows:
+        name, class_name, part = (
+            row[i].strip() if i is not None and i < len(row) else "" for i in (path, label, split)
+        )
+        if class_name and not is_class_name(class_name):
+            raise UserError(f"--labels {file}: class {class_name!r} of {name} cannot be the name of a folder")
+        if part and part.lower() not in SPLIT_NAMES:
+            raise UserError(f"--labels {file}: split {part!r} of {name} is not train, val or test")
+        if name and class_name:
+            result.append((name, class_name, SPLIT_NAMES.get(part.lower())))
+    if not result:
+        raise UserError(f"--labels {file} has no lines with a path and a class")
+    return result
+
+
 def check_images(records: list[Record]) -> list[Record]:
-    """Hash and decode all images, in threads. Returns each record with its sha256, or why the image cannot be read."""
+    """Hash and decode all images, in threads. Returns each record with its sha256, or why it is left out."""
     chunks = [records[i : i + 20] for i in range(0, len(records), 20)]
     checked = []
     with (  # closing: an interrupt cancels the chunks that have not started
@@ -509,6 +666,8 @@ def check_images(records: list[Record]) -> list[Record]:
 
 def check_image(record: Record) -> Record:
     """Return a record with the sha256 of its file, or with the reason why the file cannot be read."""
+    if record.reason is not None:
+        return record
     try:
         content = read_content(record.file)
         read_image(record.file, content=content)
@@ -520,23 +679,30 @@ def check_image(record: Record) -> Record:
 # ---------------------------------------------------------------- records -> splits
 
 
-def choose_records(args: argparse.Namespace, checked: list[Record], rejected: list[Record]) -> list[Record]:
-    """Return the records of the new tree, each with its split. Raises UserError for equal images in two classes."""
-    if rejected and args.on_bad == "fail" and not args.dry_run:
-        failures = some(f"{record.path} ({record.reason})" for record in rejected)
-        advice = "repair or remove them, or leave them out with --on-bad skip"
-        raise UserError(f"{len(rejected)} of {len(checked)} images cannot be read: {failures}; {advice}")
+def choose_records(args: argparse.Namespace, checked: list[Record]) -> tuple[list[Record], list[Record]]:
+    """Return the records of the new tree, each with its split, and those that are left out, each with its reason.
+
+    Raises UserError if there are any of these, unless --on-bad skip or --dry-run is given.
+    """
+    reject_contradictions(checked)
+    if args.group_by:
+        set_groups(checked, args.group_by)
+    tree = read_splits_csv(args.out / "splits.csv") if args.update and (args.out / "splits.csv").is_file() else []
+    reject_changes(checked, tree, args.out)
     records = [record for record in checked if record.reason is None]
-    contents = group_by(records, "sha256").values()
-    if conflicts := [group for group in contents if len({record.class_name for record in group}) > 1]:
-        names = some(" and ".join(record.path for record in group) for group in conflicts)
-        raise UserError(f"equal content in two classes ({len(conflicts)} times): {names}; remove one of them")
+    rejected = [record for record in checked if record.reason is not None]
+    if rejected and args.on_bad == "fail" and not args.dry_run:
+        shown: dict[str, str] = {}  # of each content the first image, whose reason names the others
+        for record in rejected:
+            shown.setdefault(record.sha256 or record.path, f"{record.path} ({record.reason})")
+        advice = "repair or remove them, or leave them out with --on-bad skip"
+        raise UserError(f"problems with {len(rejected)} images: {some(shown.values(), 20)}; {advice}")
     if args.splits:
         assign_listed_splits(records, args.splits)
     if args.per_class and not args.synthetic:
         records = sample(records, args.per_class, args.seed)
-    if args.update and (args.out / "splits.csv").is_file():
-        records = merge(read_splits_csv(args.out / "splits.csv"), records, args.out)
+    if tree:
+        records = merge(tree, records)
     if any(record.split is None for record in records) or not args.splits:
         assign_splits(records, args.val, args.test, args.seed)
     if not any(record.split == "train" for record in records):
@@ -544,9 +710,45 @@ def choose_records(args: argparse.Namespace, checked: list[Record], rejected: li
     contents = group_by(records, "sha256").values()
     if repeated := len(records) - len(contents):
         log(f"{repeated} images repeat the content of another one; equal images are assigned to the same split")
-    if leaked := sum(len({record.split for record in group}) > 1 for group in contents):
-        log(f"warning: {leaked} images are in more than one split, so the measured accuracy will be too high")
-    return records
+    for what, groups in (
+        ("images", contents),
+        ("groups", group_by(records, "group").values() if args.group_by else ()),
+    ):
+        if leaked := sum(len({record.split for record in group}) > 1 for group in groups):
+            log(f"warning: {leaked} {what} are in more than one split, so the measured accuracy will be too high")
+    return records, rejected
+
+
+def reject_contradictions(records: list[Record]) -> None:
+    """Give a reason to all images whose content is also in another class."""
+    for group in group_by((record for record in records if record.reason is None), "sha256").values():
+        for record in group:
+            others = [other for other in group if other.class_name != record.class_name]
+            if others:
+                record.reason = "also in " + some((f"{other.path} as {other.class_name}" for other in others), 3)
+
+
+def set_groups(records: list[Record], pattern: re.Pattern) -> None:
+    """Set the group of each record; give a reason to those whose path does not match."""
+    for record in records:
+        match = pattern.search(record.path)
+        record.group = match and match[1]
+        if record.group is None and record.reason is None:
+            record.reason = "its path does not match --group-by"
+
+
+def reject_changes(records: list[Record], tree: list[Record], out: Path) -> None:
+    """With --update: give a reason to images that the tree has in another class, or that have a name of the tree."""
+    known = {row.sha256: row for row in tree}
+    taken = {(row.class_name.casefold(), row.name.casefold()) for row in tree}
+    for record in records:
+        if record.reason is None and (row := known.get(record.sha256)):
+            if row.class_name != record.class_name:
+                record.reason = (
+                    f"its class in {out} is {row.class_name}; to change it, make the tree again with --force"
+                )
+        elif record.reason is None and (record.class_name.casefold(), record.name.casefold()) in taken:
+            record.reason = f"{out} has another image of this name; rename it, or make the tree again with --force"
 
 
 def group_by(records: Iterable[Record], *names: str) -> dict[str | tuple, list[Record]]:
@@ -560,7 +762,7 @@ def group_by(records: Iterable[Record], *names: str) -> dict[str | tuple, list[R
 def some(items: Iterable[str], most: int = 5) -> str:
     """Join the first items for a message."""
     items = list(items)
-    return ", ".join(items[:most]) + (", ..." if len(items) > most else "")
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def assign_listed_splits(records: list[Record], splits: Path) -> None:
@@ -581,19 +783,16 @@ def assign_listed_splits(records: list[Record], splits: Path) -> None:
             else:
                 missing.append(row.path)
     else:
-        by_name = collections.defaultdict(list)
-        for record in records:
-            name = PurePosixPath(record.path).name
-            by_name[name].append(record)
-            by_name[f"{record.class_name}/{name}"].append(record)
+        by_path = {record.path: record for record in records}
+        index = PathIndex(by_path)
         for part, line in read_split_lists(splits):
-            found = by_name.get("/".join(PurePosixPath(line).parts[-2:]), [])
+            found = index.find("/".join(PurePosixPath(line).parts[-2:]))
             if not found:
                 missing.append(line)
-            elif len(found) > 1 or found[0].split:
+            elif len(found) > 1 or by_path[found[0]].split:
                 repeated.append(line)
             else:
-                found[0].split = part
+                by_path[found[0]].split = part
     unlisted = [record.path for record in records if record.split is None]
     kinds = (missing, "are not in the source"), (repeated, "are repeated"), (unlisted, "of the source are not listed")
     if details := [f"{len(names)} names {what} ({some(names, 3)})" for names, what in kinds if names]:
@@ -622,20 +821,10 @@ def shuffled(hashes: Iterable[str], seed: int) -> list[str]:
     return sorted(hashes, key=lambda sha256: hashlib.sha256(f"{seed}:{sha256}".encode()).digest())
 
 
-def merge(rows: list[Record], records: list[Record], out: Path) -> list[Record]:
-    """Return the images of the tree at OUT, and after them those of the source whose content is not in the tree.
-
-    Raises UserError for an image whose class has changed, and for a new image with the name of one in the tree.
-    """
-    known = {row.sha256: row for row in rows}
-    if moved := [r.path for r in records if r.sha256 in known and known[r.sha256].class_name != r.class_name]:
-        advice = "make the tree again with --force"
-        raise UserError(f"{len(moved)} images have another class than in {out}: {some(moved)}; {advice}")
+def merge(rows: list[Record], records: list[Record]) -> list[Record]:
+    """Return the images of the tree at OUT, and after them those of the source whose content is not in the tree."""
+    known = {row.sha256 for row in rows}
     new = [record for record in records if record.sha256 not in known]
-    taken = {(row.class_name.casefold(), row.name.casefold()) for row in rows}
-    if changed := [r.path for r in new if (r.class_name.casefold(), r.name.casefold()) in taken]:
-        advice = "rename them, or make the tree again with --force"
-        raise UserError(f"{len(changed)} images have the name of another image in {out}: {some(changed)}; {advice}")
     found = {record.sha256 for record in records}
     gone = sum(row.sha256 not in found for row in rows)
     message = f"{len(rows)} images are in the tree, {len(new)} images of the source are new"
@@ -644,11 +833,12 @@ def merge(rows: list[Record], records: list[Record], out: Path) -> list[Record]:
 
 
 def assign_splits(records: list[Record], val: float, test: float, seed: int) -> None:
-    """Assign the records that have no split to train, val and test, in each class with exactly these shares.
+    """Assign the records that have no split to train, val and test, in each class with these shares.
 
-    The split depends only on content, shares and seed, not on the names and order of the files; equal images are
-    assigned to the same split. If some records already have a split (--update), the others bring each class as near to
-    the shares as possible. If all have one, because the source is split, but none is val, val is taken from train.
+    Images that belong together, by content or --group-by, are assigned together, so that the shares are as near as that
+    allows; single images give exact shares. The split depends only on content, groups, shares and seed, not on the
+    names and order of the files. If some records already have a split (--update), the others bring each class as near
+    to the shares as possible. If all have one, because the source is split, but none is val, val is taken from train.
     """
     shares = {"test": test, "val": val}
     if all(record.split for record in records):
@@ -658,22 +848,85 @@ def assign_splits(records: list[Record], val: float, test: float, seed: int) -> 
         records, shares = [record for record in records if record.split == "train"], {"val": val}
         for record in records:
             record.split = None
-    for name, members in sorted(group_by(records, "class_name").items()):
-        wanted = {part: round(len(members) * share) for part, share in shares.items()}
-        if sum(wanted.values()) >= len(members):
-            problem = f"--val {val} and --test {test} leave none of the {len(members)} images of class {name} for train"
+    sizes = collections.Counter(sorted(record.class_name for record in records))
+    room = {part: {name: round(size * share) for name, size in sizes.items()} for part, share in shares.items()}
+    for name, size in sizes.items():
+        if sum(wanted[name] for wanted in room.values()) >= size:
+            problem = f"--val {val} and --test {test} leave none of the {size} images of class {name} for train"
             raise UserError(f"{problem}; lower them, or add images")
-        if short := [part for part, share in shares.items() if share and not wanted[part]]:
-            log(f"warning: class {name} has only {len(members)} images: none for {', '.join(short)}")
-        room = {part: count - sum(record.split == part for record in members) for part, count in wanted.items()}
-        contents = group_by((record for record in members if record.split is None), "sha256")
-        for sha256 in shuffled(contents, seed):
-            group = contents[sha256]
-            part = next((part for part in room if room[part] >= len(group)), "train")
-            if part in room:
-                room[part] -= len(group)
-            for record in group:
-                record.split = part
+        if short := [part for part, share in shares.items() if share and not room[part][name]]:
+            log(f"warning: class {name} has only {size} images: none for {', '.join(short)}")
+    for record in records:
+        if record.split in room:
+            room[record.split][record.class_name] -= 1
+    units = units_of(records)
+    for sha256 in shuffled(units, seed):
+        unit = units[sha256]
+        free = [record for record in unit if record.split is None]
+        counts = collections.Counter(record.class_name for record in free)
+        given = collections.Counter(record.split for record in unit if record.split)
+        part = given.most_common(1)[0][0] if given else pick_split(counts, room, sizes)
+        for record in free:
+            record.split = part
+        for name in counts if part in room else ():
+            room[part][name] -= counts[name]
+    if any(record.group for record in records):
+        report_groups(units, sizes, shares)
+
+
+def units_of(records: list[Record]) -> dict[str, list[Record]]:
+    """Return the sets of records that belong into one split, because content or group are equal, by a SHA-256 of each.
+
+    Images of one group may be equal to images of another one, so that their groups are joined.
+    """
+    parents: dict[tuple, tuple] = {}
+
+    def root(key: tuple) -> tuple:
+        while parents.setdefault(key, key) != key:
+            key = parents[key]
+        return key
+
+    for record in records:
+        if record.group is not None:
+            parents[root(("sha256", record.sha256))] = root(("group", record.group))
+    units = collections.defaultdict(list)
+    for record in records:
+        units[root(("sha256", record.sha256))].append(record)
+    return {min(record.sha256 for record in unit): unit for unit in units.values()}
+
+
+def pick_split(counts: dict[str, int], room: dict[str, dict[str, int]], sizes: dict[str, int]) -> str:
+    """Return the split for images of which `counts` are in each class: the first that they bring nearer to its shares.
+
+    `room` is what each split still lacks in each class, `sizes` are the images of each class.
+    """
+    for part, lacking in room.items():
+        if sum((abs(lacking[name] - n) - abs(lacking[name])) / sizes[name] for name, n in counts.items()) < 0:
+            return part
+    return "train"
+
+
+def report_groups(units: dict[str, list[Record]], sizes: dict[str, int], shares: dict[str, float]) -> None:
+    """Log how near to the shares the splits are, and which groups are too large for a split.
+
+    Raises UserError if a class has no images for train.
+    """
+    total, largest = sum(sizes.values()), max(units.values(), key=len)
+    log(f"{len(units)} groups; the largest, {largest[0].group}, has {len(largest)} of {total} images")
+    members = {part: collections.Counter() for part in SPLITS}
+    for record in chain.from_iterable(units.values()):
+        members[record.split][record.class_name] += 1
+    for part, share in shares.items():
+        found = {name: members[part][name] / size for name, size in sizes.items()}
+        name = max(found, key=lambda name: abs(found[name] - share))
+        text = f"{part} has {members[part].total() / total:.1%} of the images, for {share:.1%}"
+        log(f"{text}; furthest from it is class {name} with {found[name]:.1%}")
+        if large := [unit[0].group for unit in units.values() if len(unit) > share * total > 0]:
+            log(f"warning: groups that are larger than the share of {part}: {some(map(str, large))}")
+        if share and not members[part]:
+            log(f"warning: no group is small enough for {part}: there is none; raise --{part}")
+    if absent := [name for name in sizes if not members["train"][name]]:
+        raise UserError(f"no group is left for train in class {some(absent)}; lower --val and --test, or change --seed")
 
 
 # ---------------------------------------------------------------- splits -> tree
@@ -695,8 +948,9 @@ def build_tree(records: list[Record], rejected: list[Record], request: dict, lin
                 shutil.copyfile(record.file, target)
             progress.update(1)
     shutil.rmtree(staging / "files", ignore_errors=True)
-    rows = sorted((path, record.class_name, record.split, record.sha256) for record, path in zip(records, paths))
-    write_csv(staging / "splits.csv", ["path", "class", "split", "sha256"], rows)
+    header = ["path", "class", "split", "sha256"] + ["group"] * any(record.group is not None for record in records)
+    cells = ((path, r.class_name, r.split, r.sha256, r.group) for r, path in zip(records, paths))
+    write_csv(staging / "splits.csv", header, sorted((row[: len(header)] for row in cells), key=operator.itemgetter(0)))
     if rejected:
         write_csv(staging / "rejected.csv", ["path", "reason"], [(record.path, record.reason) for record in rejected])
     with atomic_write(staging / REQUEST_FILE) as file:
@@ -745,9 +999,9 @@ def show_counts(counts: dict[str, dict[str, int]]) -> None:
 
 
 def show_images(records: list[Record], rejected: list[Record]) -> None:
-    """Show unreadable images, and the sizes in pixels and modes of the new images, on stderr."""
+    """Show what is left out, and the sizes in pixels and modes of the new images, on stderr."""
     for record in rejected:
-        log(f"cannot be read: {record.path} ({record.reason})", stamp=False)
+        log(f"left out: {record.path} ({record.reason})", stamp=False)
     sizes, modes = [], collections.Counter()
     for record in records:
         if not record.in_tree:
@@ -759,6 +1013,18 @@ def show_images(records: list[Record], rejected: list[Record]) -> None:
         examples = {"smallest": sizes[0], "median": sizes[len(sizes) // 2], "largest": sizes[-1]}
         log("pixels: " + "  ".join(f"{name} {w}x{h}" for name, (w, h) in examples.items()), stamp=False)
         log("modes: " + ", ".join(f"{mode} {count}" for mode, count in modes.most_common()), stamp=False)
+
+
+def show_left_out(others: collections.Counter[str], rejected: list[Record]) -> None:
+    """Show on stderr how many files of the source are not in the tree, and what to do about it."""
+    for extension in OTHER_FORMATS:
+        if count := others[extension]:
+            command = f"magick mogrify -format jpg *{extension}"
+            log(f"left out {count} {extension} files: convert them to JPEG or PNG, with ImageMagick by: {command}")
+    if count := others.total() - sum(others[extension] for extension in OTHER_FORMATS):
+        log(f"left out {count} files that do not have an image extension")
+    if rejected:
+        log(f"left out {len(rejected)} images or folders, listed in rejected.csv")
 
 
 if __name__ == "__main__":

@@ -246,6 +246,260 @@ def test_names_in_a_zip_without_the_utf8_flag(prepare, source, tmp_path):
         assert {row["class"] for row in rows(tmp_path / encoding)} == {"blue", "green", name}
 
 
+# ---------------------------------------------------------------- what is left out
+
+
+def rejected(out):
+    """Return {path: reason} of what a tree leaves out."""
+    return {row["path"]: row["reason"] for row in read_csv(out / "rejected.csv")}
+
+
+def test_contradictions_can_be_left_out(prepare, source, tmp_path):
+    """Content in two classes is an error that lists it; --dry-run goes on, --on-bad skip leaves out all copies."""
+    for number in range(25):
+        shutil.copy(source / "red" / f"red {number % 20}.png", source / "blue" / f"sea {number:02}.png")
+    args = ["--source", source, "--out", tmp_path / "out"]
+    message = prepare(*args, code=2).error[0]
+    assert "problems with 45 images" in message and "blue/sea 01.png (also in red/red 1.png" in message
+    for number in range(25):
+        shutil.copy(source / "green" / f"green {number % 20}.png", source / "red" / f"grass {number:02}.png")
+    message = prepare(*args, code=2).error[0]
+    assert "problems with 90 images" in message and message.count("(also in") == 20 and "and 20 more" in message
+    shutil.rmtree(source / "red")
+    for number in (0, 1):
+        shutil.copy(source / "green" / f"green {number}.png", source / "blue" / f"wood {number}.png")
+    shutil.copy(source / "green" / "green 0.png", source / "green" / "again.png")
+    dry = prepare(*args, "--dry-run")
+    assert dry.json["rejected"] == 5 and "left out: blue/wood 0.png (also in green/again.png as green" in dry.err
+    result = prepare(*args, "--on-bad", "skip").json
+    assert (result["images"], result["rejected"]) == (20 + 25 + 20 + 3 - 5, 5)
+    reasons = rejected(tmp_path / "out")
+    assert sorted(reasons) == [f"blue/wood {n}.png" for n in (0, 1)] + ["green/again.png", "green/green 0.png"] + [
+        "green/green 1.png"
+    ]
+    assert reasons["green/green 1.png"] == "also in blue/wood 1.png as blue"
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_other_things_that_are_left_out(prepare, source, tmp_path, kind):
+    """Loose images, names that collide and empty class folders: an error, or a line in rejected.csv."""
+    tile((9, 9, 9), "loose").save(source / "loose.png")
+    (source / "red" / "a").mkdir()
+    tile((9, 9, 9), "one").save(source / "red" / "a" / "b.png")
+    tile((9, 9, 9), "two").save(source / "red" / "a__b.png")
+    (source / "blue" / "bad.jpg").write_bytes(b"no image")
+    (source / "empty").mkdir()
+    (source / "empty" / "notes.txt").write_text("no images yet")
+    place = source
+    if kind == "zip":
+        place = Path(shutil.make_archive(str(tmp_path / "source"), "zip", source.parent, source.name))
+    prefix = "source/" if kind == "zip" else ""
+    expected = {"loose.png": "not in a class folder", "empty": "class folder without images"}
+    args = ["--source", place, "--out", tmp_path / "out"]
+    message = prepare(*args, code=2).error[0]
+    assert "problems with 4 images" in message
+    assert all(f"{prefix}{path} ({reason})" in message for path, reason in expected.items())
+    result = prepare(*args, "--on-bad", "skip")
+    assert (result.json["images"], result.json["rejected"], result.json["not_images"]) == (61, 4, 1)
+    assert "left out 4 images or folders, listed in rejected.csv" in result.err
+    reasons = rejected(tmp_path / "out")
+    assert reasons.items() >= {prefix + path: reason for path, reason in expected.items()}.items()
+    assert any("its name in the tree, red/a__b.png, is that of" in reason for reason in reasons.values())
+    assert f"{prefix}blue/bad.jpg" in reasons and len(reasons) == 4
+
+
+def test_loose_images_beside_given_splits(prepare, tmp_path):
+    source = make_tree(tmp_path / "source", counts=(("train", 10), ("test", 5)))
+    tile((9, 9, 9), "loose").save(source / "train" / "loose.png")
+    result = prepare("--source", source, "--out", tmp_path / "out", "--on-bad", "skip").json
+    assert (result["train"] + result["val"], result["test"], result["classes"]) == (30, 15, 3)
+    assert rejected(tmp_path / "out") == {"train/loose.png": "not in a class folder"}
+
+
+def test_other_formats_are_counted(prepare, source, tmp_path):
+    for name in ("a.gif", "b.GIF", "c.heic", "d.txt", ".hidden.jpg"):
+        (source / "red" / name).write_bytes(b"anything")
+    log = prepare("--source", source, "--out", tmp_path / "out").err
+    assert "left out 2 .gif files: convert them" in log and "left out 1 .heic files: convert them" in log
+    assert "left out 2 files that do not have an image extension" in log
+
+
+# ---------------------------------------------------------------- labels from a list
+
+
+def flat_source(source, folder):
+    """Move the images of the class folders into one folder with subfolders of ten; return {relative path: class}."""
+    classes = {}
+    for number, path in enumerate(sorted(source.rglob("*.png"))):
+        target = folder / f"part{number // 10}" / f"{number:03}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+        classes[str(target.relative_to(folder))] = path.parent.name
+    return classes
+
+
+@pytest.mark.parametrize(
+    "separator, heading, start, by",
+    [
+        (",", "path,class", b"", lambda path: path),
+        (";", "", "\ufeff".encode(), lambda path: path),
+        ("\t", "Label\timage_id", b"", lambda path: Path(path).stem),
+        (",", "id,breed", b"", lambda path: Path(path).name),
+        (",", "note,path,class", b"", lambda path: path.replace("/", "\\")),
+    ],
+)
+def test_labels(prepare, source, tmp_path, separator, heading, start, by):
+    classes = flat_source(source, tmp_path / "flat")
+    lines = [heading] * bool(heading)
+    for path, name in classes.items():
+        cells = {"Label\timage_id": [name, by(path)], "note,path,class": ["x", by(path), name]}
+        lines.append(separator.join(cells.get(heading, [by(path), name])))
+    (tmp_path / "labels.csv").write_bytes(start + "\r\n".join([*lines, "", ""]).encode())
+    args = ["--source", tmp_path / "flat", "--labels", tmp_path / "labels.csv", "--out", tmp_path / "out"]
+    assert prepare(*args).json["counts"]["train"] == {"blue": 14, "green": 14, "red": 14}
+    prepare("--source", source, "--out", tmp_path / "expected")
+    assert {(row["class"], row["sha256"], row["split"]) for row in rows(tmp_path / "out")} == {
+        (row["class"], row["sha256"], row["split"]) for row in rows(tmp_path / "expected")
+    }
+    assert (tmp_path / "out" / rows(tmp_path / "out")[0]["path"]).name in {Path(path).name for path in classes}
+    (tmp_path / "labels.csv").write_text("\n".join(lines[:-1]))
+    assert "the list of --labels differs" in prepare(*args, code=2).error[0]
+
+
+def test_splits_csv_as_labels(prepare, source, tmp_path):
+    """A corrected splits.csv: the classes that it names, and its splits."""
+    prepare("--source", source, "--out", tmp_path / "a")
+    text = (tmp_path / "a" / "splits.csv").read_text()
+    (tmp_path / "new.csv").write_text(text.replace("red/red 3.png,red,", "red/red 3.png,blue,"))
+    prepare("--source", tmp_path / "a", "--labels", tmp_path / "new.csv", "--out", tmp_path / "b")
+    before, after = ({row["sha256"]: row for row in rows(tmp_path / name)} for name in "ab")
+    assert all(before[key]["split"] == after[key]["split"] for key in before)
+    changed = [key for key in before if before[key]["class"] != after[key]["class"]]
+    assert [Path(after[key]["path"]).name for key in changed] == ["red 3.png"]
+
+
+def test_labels_and_images_that_do_not_fit(prepare, source, tmp_path):
+    classes = flat_source(source, tmp_path / "flat")
+    args = ["--source", tmp_path / "flat", "--labels", tmp_path / "labels.csv", "--out", tmp_path / "out"]
+    lines = [f"{path},{name}" for path, name in classes.items()]
+    (tmp_path / "labels.csv").write_text("\n".join([*lines[2:], "ghost.png,red", "part0/001.png,"]))
+    message = prepare(*args, code=2).error[0]
+    assert "problems with 3 images" in message and "ghost.png (listed in labels.csv, but not in the source)" in message
+    assert "part0/001.png (not listed in labels.csv)" in message
+    assert prepare(*args, "--on-bad", "skip").json["images"] == 58
+    assert sorted(rejected(tmp_path / "out")) == ["ghost.png", "part0/000.png", "part0/001.png"]
+    for content, words in (
+        ("\n".join([*lines, lines[0]]), "listed twice, or fit several images: part0/000.png"),
+        ("\n".join([*lines[1:], lines[0].replace(",", ",../")]), "'../blue' of part0/000.png cannot be the name"),
+        ("\n".join(f"{line},train" for line in lines[1:]) + f"\n{lines[0]},later", "split 'later' of part0/000.png"),
+        ("path,class\n", "no lines with a path and a class"),
+        ("photo,kind\nx,y\n", "found no classes in the lines"),
+        ("\n".join(f"{line.partition(',')[0]},one" for line in lines), "found one class, one,"),
+    ):
+        (tmp_path / "labels.csv").write_text(content)
+        assert words in prepare(*args, "--out", tmp_path / "new", code=2).error[0]
+    (tmp_path / "labels.csv").write_bytes("001.png;M\u00fcll".encode("latin-1"))
+    assert "CSV UTF-8" in prepare(*args, "--out", tmp_path / "new", code=2).error[0]
+    assert "no such file" in prepare(*args, "--labels", tmp_path / "no.csv", code=2).error[0]
+    shutil.copytree(tmp_path / "flat" / "part0", tmp_path / "flat" / "twin")
+    (tmp_path / "labels.csv").write_text("\n".join(f"{Path(path).stem},{name}" for path, name in classes.items()))
+    assert "10 names are listed twice, or fit several" in prepare(*args, "--out", tmp_path / "new", code=2).error[0]
+
+
+def test_update_with_a_longer_list(prepare, source, tmp_path):
+    classes = flat_source(source, tmp_path / "flat")
+    lines = [f"{path},{name}" for path, name in classes.items()]
+    args = ["--source", tmp_path / "flat", "--labels", tmp_path / "labels.csv", "--out", tmp_path / "out"]
+    args += ["--on-bad", "skip"]
+    (tmp_path / "labels.csv").write_text("\n".join(lines[::2]))
+    assert prepare(*args).json["images"] == 30
+    before = split_by_content(tmp_path / "out")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    assert prepare(*args, "--update").json["images"] == 60
+    assert split_by_content(tmp_path / "out").items() >= before.items()
+
+
+# ---------------------------------------------------------------- groups
+
+
+def grouped_source(folder, sizes):
+    """Make FOLDER/<class>/<group>_<number>.png with sizes[group][class] images, and return FOLDER."""
+    for group, counts in sizes.items():
+        for name, count in counts.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                tile((9, 99, 9), f"{group}{name}{number}").save(folder / name / f"{group}_{number}.png")
+    return folder
+
+
+def groups_of(out):
+    """Return {group: its splits} of a tree."""
+    found = {}
+    for row in rows(out):
+        found.setdefault(row["group"], set()).add(row["split"])
+    return found
+
+
+def test_groups_stay_together(prepare, tmp_path):
+    """The shares are within one group of what is asked; with another seed other groups are in test."""
+    rng = random.Random(1)
+    sizes = {f"p{number}": {"red": rng.randint(1, 6), "blue": rng.randint(0, 6)} for number in range(40)}
+    source = grouped_source(tmp_path / "source", sizes)
+    args = ["--source", source, "--group-by", r"/(p\d+)_"]
+    tested = []
+    for seed in range(3):
+        result = prepare(*args, "--out", tmp_path / f"out{seed}", "--seed", seed)
+        groups = groups_of(tmp_path / f"out{seed}")
+        assert len(groups) == 40 and all(len(splits) == 1 for splits in groups.values())
+        counts = result.json["counts"]
+        for name in ("red", "blue"):
+            total = sum(counts[part][name] for part in SPLITS)
+            assert abs(counts["test"][name] - 0.2 * total) <= 6 and abs(counts["val"][name] - 0.1 * total) <= 6
+        assert "40 groups; the largest" in result.err and "test has" in result.err and "warning" not in result.err
+        tested.append({group for group, splits in groups.items() if splits == {"test"}})
+    assert len(set(map(frozenset, tested))) == 3
+
+
+def test_equal_content_joins_groups(prepare, tmp_path):
+    source = grouped_source(tmp_path / "source", {f"p{n}": {"red": 2, "blue": 2} for n in range(12)})
+    for number in range(1, 12, 2):
+        shutil.copy(source / "red" / f"p{number - 1}_0.png", source / "red" / f"p{number}_9.png")
+    prepare("--source", source, "--group-by", r"(p\d+)_", "--out", tmp_path / "out", "--test", 0.4)
+    groups = groups_of(tmp_path / "out")
+    assert all(groups[f"p{n}"] == groups[f"p{n + 1}"] and len(groups[f"p{n}"]) == 1 for n in range(0, 12, 2))
+    assert {"test", "train"} <= set().union(*groups.values())
+
+
+def test_groups_that_do_not_fit(prepare, tmp_path):
+    source = grouped_source(tmp_path / "source", {f"p{n}": {"red": 5, "blue": 5} for n in range(4)})
+    tile((1, 1, 1), "odd").save(source / "red" / "odd.png")
+    args = ["--source", source, "--group-by", r"(p\d)_", "--out", tmp_path / "out"]
+    assert "red/odd.png (its path does not match --group-by)" in prepare(*args, code=2).error[0]
+    log = prepare(*args, "--on-bad", "skip").err
+    assert "larger than the share of val: p" in log and "no group is small enough for val" in log
+    for pattern, words in (("(", "not a regular expression"), ("p", "one pair"), ("(p)(_)", "one pair")):
+        assert words in prepare(*args[:2], "--group-by", pattern, "--out", tmp_path / "x", code=2).error[0]
+
+
+def test_update_keeps_groups_where_they_are(prepare, tmp_path):
+    """New images of a group follow it, also if its old images are no longer in the source."""
+    sizes = {f"p{number}": {"red": 3, "blue": 3} for number in range(20)}
+    source = grouped_source(tmp_path / "source", sizes)
+    args = ["--source", source, "--group-by", r"(p\d+)_", "--out", tmp_path / "out"]
+    prepare(*args)
+    before = groups_of(tmp_path / "out")
+    for path in source.rglob("p1_*"):
+        path.unlink()
+    for number in range(25):
+        for name in ("red", "blue"):
+            tile((99, 9, 9), f"new {number} {name}").save(source / name / f"p{number}_new.png")
+    result = prepare(*args, "--update").json
+    after = groups_of(tmp_path / "out")
+    assert result["images"] == 120 + 50 and len(after) == 25
+    assert all(after[group] == splits for group, splits in before.items())
+    assert "group_by was" in prepare(*args[:2], *args[4:], "--update", code=2).error[0]
+
+
 # ---------------------------------------------------------------- sources that are refused
 
 
@@ -266,9 +520,9 @@ def cut_image(source):
         (cut_image, "cut.png"),
         (lambda source: [path.unlink() for path in source.rglob("*.png")], "no images"),
         (lambda source: [shutil.rmtree(source / name) for name in ("red", "green")], "one class"),
-        (lambda source: shutil.copy(source / "red" / "red 0.png", source / "loose.png"), "not in a class folder"),
+        (lambda source: tile((9, 9, 9), "loose").save(source / "loose.png"), "loose.png (not in a class folder)"),
         (shutil.rmtree, "no such file or folder"),
-        (lambda source: (source / "empty").mkdir(), "class folder without images: empty"),
+        (lambda source: (source / "empty").mkdir(), "empty (class folder without images)"),
         (keep_few_images, "for train"),
     ],
 )
