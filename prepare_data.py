@@ -14,6 +14,7 @@ import csv
 import functools
 import hashlib
 import http.client
+import io
 import json
 import lzma
 import math
@@ -48,10 +49,9 @@ EUROSAT_MD5 = "c8fa014336c82ac7804f0398fcb19387"
 REQUEST_FILE = ".prepared.json"  # in OUT: the request from which the tree was made
 # Formats that Pillow can read, some with a plug-in, but ImageFolder does not list.
 OTHER_FORMATS = (".avif", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpx", ".psd", ".tga")
-LABELS_PATH = ("path", "image_path", "file", "filename", "file_name", "image", "image_id", "image_name", "id", "name")
-LABELS_CLASS = ("class", "class_name", "label", "category", "target")
-LABELS_SPLIT = ("split", "set", "subset")
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# Headings of --labels. With two columns, that of the class may have another name.
+PATH_HEADINGS = ("path", "file", "filename", "file_name", "image", "image_id", "id", "name")
+CLASS_HEADINGS = ("class", "label", "category")
 # An archive may unpack to this many times its own size, and always to the minimum. Images hardly compress.
 UNPACK_RATIO, UNPACK_MINIMUM = 20, 1 << 30
 
@@ -494,7 +494,7 @@ def draw_texture(rng: random.Random, dark: tuple, light: tuple, columns: int, ro
 
 
 def find_classes(contents: Contents, source: Path | None) -> list[Record]:
-    """Return a record for each image. Its class is the first folder below those that contain nearly all images.
+    """Return a record for each image. Its class is the first folder below those that contain most of the images.
 
     If the folders at that level are train, val and test, they are the split, and the classes are one level below. An
     image outside the class folders, an image whose name in the tree is taken, and a class folder without images get a
@@ -619,31 +619,30 @@ def read_labels(file: Path) -> list[tuple[str, str, str | None]]:
     try:
         text = file.read_text(encoding="utf-8-sig")  # a spreadsheet program marks the beginning of the file
         separator = max(",;\t", key=text.partition("\n")[0].count)
-        rows = [row for row in csv.reader(text.splitlines(keepends=True), delimiter=separator) if "".join(row).strip()]
+        table = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        rows = [[cell.strip() for cell in row] for row in table if "".join(row).strip()]
     except (UnicodeDecodeError, csv.Error):
         raise UserError(f"--labels {file} is not a CSV file in UTF-8; save it as such (CSV UTF-8)") from None
-    heading = [cell.strip().casefold() for cell in rows[0]] if rows else []
+    heading = [cell.casefold() for cell in rows[0]] if rows else []
     path, label, split = (
         next((heading.index(name) for name in names if name in heading), None)
-        for names in (LABELS_PATH, LABELS_CLASS, LABELS_SPLIT)
+        for names in (PATH_HEADINGS, CLASS_HEADINGS, ("split",))
     )
-    if path is not None and label is None and len(rest := {*range(len(heading))} - {path, split}) == 1:
-        (label,) = rest  # as in `id,breed`
-    if path is None or label is None:  # no heading
-        path, label, split = 0, 1, 2 if len(heading) > 2 else None
+    if len(heading) == 2 and path is not None:
+        label = 1 - path
+    if path is None or label is None:  # there is no heading
+        path, label, split = 0, 1, 2
     else:
         rows = rows[1:]
     result = []
     for row in rows:
-        name, class_name, part = (
-            row[i].strip() if i is not None and i < len(row) else "" for i in (path, label, split)
-        )
+        name, class_name, part = (row[i] if i is not None and i < len(row) else "" for i in (path, label, split))
         if class_name and not is_class_name(class_name):
             raise UserError(f"--labels {file}: class {class_name!r} of {name} cannot be the name of a folder")
-        if part and part.lower() not in SPLIT_NAMES:
+        if part not in ("", *SPLITS):
             raise UserError(f"--labels {file}: split {part!r} of {name} is not train, val or test")
         if name and class_name:
-            result.append((name, class_name, SPLIT_NAMES.get(part.lower())))
+            result.append((name, class_name, part or None))
     if not result:
         raise UserError(f"--labels {file} has no lines with a path and a class")
     return result
@@ -698,7 +697,7 @@ def choose_records(args: argparse.Namespace, checked: list[Record]) -> tuple[lis
         advice = "repair or remove them, or leave them out with --on-bad skip"
         raise UserError(f"problems with {len(rejected)} images: {some(shown.values(), 20)}; {advice}")
     if args.splits:
-        assign_listed_splits(records, args.splits)
+        assign_listed_splits(checked, args.splits)
     if args.per_class and not args.synthetic:
         records = sample(records, args.per_class, args.seed)
     if tree:
@@ -710,13 +709,16 @@ def choose_records(args: argparse.Namespace, checked: list[Record]) -> tuple[lis
     contents = group_by(records, "sha256").values()
     if repeated := len(records) - len(contents):
         log(f"{repeated} images repeat the content of another one; equal images are assigned to the same split")
-    for what, groups in (
-        ("images", contents),
-        ("groups", group_by(records, "group").values() if args.group_by else ()),
-    ):
-        if leaked := sum(len({record.split for record in group}) > 1 for group in groups):
-            log(f"warning: {leaked} {what} are in more than one split, so the measured accuracy will be too high")
+    warn_of_leaks("images", contents)
+    if args.group_by:
+        warn_of_leaks("groups", group_by(records, "group").values())
     return records, rejected
+
+
+def warn_of_leaks(what: str, groups: Iterable[list[Record]]) -> None:
+    """Log a warning if a source or list that is already split has parted images that belong together."""
+    if leaked := sum(len({record.split for record in group}) > 1 for group in groups):
+        log(f"warning: {leaked} {what} are in more than one split, so the measured accuracy will be too high")
 
 
 def reject_contradictions(records: list[Record]) -> None:
@@ -744,9 +746,7 @@ def reject_changes(records: list[Record], tree: list[Record], out: Path) -> None
     for record in records:
         if record.reason is None and (row := known.get(record.sha256)):
             if row.class_name != record.class_name:
-                record.reason = (
-                    f"its class in {out} is {row.class_name}; to change it, make the tree again with --force"
-                )
+                record.reason = f"in {out} its class is {row.class_name}; make the tree again with --force"
         elif record.reason is None and (record.class_name.casefold(), record.name.casefold()) in taken:
             record.reason = f"{out} has another image of this name; rename it, or make the tree again with --force"
 
@@ -768,7 +768,8 @@ def some(items: Iterable[str], most: int = 5) -> str:
 def assign_listed_splits(records: list[Record], splits: Path) -> None:
     """Set the split of each record from a splits.csv (by content), or from train.txt, val.txt, test.txt (by name).
 
-    Raises UserError with counts and first names if list and source do not have the same images.
+    Raises UserError with counts and first names if list and source do not have the same images, apart from those that
+    are left out.
     """
     missing, repeated = [], []
     for record in records:
@@ -793,7 +794,7 @@ def assign_listed_splits(records: list[Record], splits: Path) -> None:
                 repeated.append(line)
             else:
                 by_path[found[0]].split = part
-    unlisted = [record.path for record in records if record.split is None]
+    unlisted = [record.path for record in records if record.split is None and record.reason is None]
     kinds = (missing, "are not in the source"), (repeated, "are repeated"), (unlisted, "of the source are not listed")
     if details := [f"{len(names)} names {what} ({some(names, 3)})" for names, what in kinds if names]:
         raise UserError(f"--splits {splits} does not fit the source: {'; '.join(details)}")

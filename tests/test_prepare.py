@@ -173,6 +173,10 @@ def test_splits_csv_and_published_lists(prepare, source, tmp_path):
     message = prepare("--source", archive, "--out", tmp_path / "c", "--splits", lists, code=2).error[0]
     assert "1 names are not in the source (ghost 1.png)" in message
     assert "1 names are repeated" in message and "1 names of the source are not listed" in message
+    (lists / "train.txt").write_text(train)
+    (source / "red" / "red 0.png").write_bytes(b"no image")
+    skipped = ["--splits", lists, "--on-bad", "skip"]
+    assert prepare("--source", source, "--out", tmp_path / "d", *skipped).json["images"] == 59
     (tmp_path / "odd.csv").write_text("a,b\n1,2\n")
     for splits in (tmp_path / "odd.csv", tmp_path / "none"):
         prepare("--source", archive, "--out", tmp_path / "c", "--splits", splits, code=2)
