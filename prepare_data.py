@@ -122,7 +122,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--splits", type=Path, metavar="PATH", help=f"{splits_help} names, with or without class folder")
     group_help = (
         "keep images together, such as those of a patient, a camera or a video: all for which this regular expression "
-        "captures the same text in the path (inside the source) are assigned to the same split"
+        "captures the same text in the path (inside the source), as in '(patient[0-9]+)'"
     )
     add("--group-by", type=group_pattern, metavar="REGEX", help=group_help)
     add("--seed", type=seed_number, default=0, metavar="N", help="of split, sample and drawn images")
