@@ -263,6 +263,24 @@ def add_hardware_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     return group
 
 
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the feature cache."""
+    add = parser.add_argument_group("feature cache").add_argument
+    add("--cache", type=Path, default=default_cache(), metavar="DIR", help="folder of the feature cache")
+    add("--no-cache", action="store_true", help="do not use the feature cache")
+    limit = "above this size, remove the least recently used features"
+    add("--cache-limit", type=positive_float, default=20, metavar="GB", help=limit)
+
+
+def default_cache() -> Path:
+    """Return the default of --cache, in the user's cache folder."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home folder, as in some containers
+        base = Path(tempfile.gettempdir())
+    return base / "transfer-learning" / "features"
+
+
 def log(message: str, stamp: bool = True, every_rank: bool = False, end: str = "\n") -> None:
     """Print a message on stderr, with date and time if stderr is not a terminal, and `stamp` is left on.
 
@@ -1287,7 +1305,7 @@ class InferenceModel:
             raise UserError(f"--image-size {size}: {name} cannot take images of {size} pixels ({reason})") from None
 
     def forward_head(self, features: torch.Tensor) -> torch.Tensor:
-        """Run the classifier: features [B, D] -> logits [B, C], float32, on this model's device."""
+        """Run the classifier: features [..., D] -> logits [..., C], float32, on this model's device."""
         with torch.inference_mode():
             return self.head(features)
 
@@ -1305,12 +1323,12 @@ class InferenceModel:
         return self.fetch_logits(torch.cat([self.forward_head(rows.to(self.device, torch.float32)) for rows in parts]))
 
     def forward_views(self, pixels: torch.Tensor, views: Sequence[View] = VIEWS["none"]) -> torch.Tensor:
-        """Run the network on views of uint8 pixels [B, 3, s, s]: logits [views, B, C] on this model's device."""
+        """Run the backbone on views of uint8 pixels [B, 3, s, s]: features [views, B, D] on this model's device."""
         pixels = self.load_pixels(pixels)
-        return torch.stack([self.forward_head(self.forward_features(apply_view(pixels, view))) for view in views])
+        return torch.stack([self.forward_features(apply_view(pixels, view)) for view in views])
 
     def log_probabilities(self, logits: torch.Tensor, temperatures: Sequence[float]) -> list[torch.Tensor]:
-        """Return log-probabilities [B, C] for each temperature, float64 on the CPU, from `forward_views`.
+        """Return log-probabilities [B, C] for each temperature, float64 on the CPU, from logits [views, B, C].
 
         The probabilities of several views of an image are averaged before the temperature is applied.
         """
@@ -1334,6 +1352,8 @@ def fold_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
 
 # ---------------------------------------------------------------- features
 
+CACHE_FILES = "[0-9a-f]" * 64 + ".pt"  # whatever else is in the feature cache is not ours
+FILE_BYTES, MAX_SMALL_FILES = 64_000_000, 20  # smaller files are joined if they are more
 MEMORY_SHARE = 1 / 3  # of the machine's memory that features may take before they are mapped from a file
 
 
@@ -1429,9 +1449,8 @@ def compute_features(
 
     read = read_batches(map(images, missing), model.preprocessing, workers, read_known)
     for batch, read_batch in zip(missing, read):
-        pixels, views = model.load_pixels(read_batch.complete_pixels()), requests[batch.request].views
-        features = [model.forward_features(apply_view(pixels, views[number])) for number in batch.views]
-        yield batch, torch.stack(features).to(model.dtype)
+        views = [requests[batch.request].views[number] for number in batch.views]
+        yield batch, model.forward_views(read_batch.complete_pixels(), views).to(model.dtype)
 
 
 def fetch_features(computed: list[tuple[MissingBatch, torch.Tensor]]) -> list[tuple[MissingBatch, torch.Tensor]]:
@@ -1512,6 +1531,11 @@ class FeatureCache:
         self.known: dict[View, list[dict]] = {}  # what the files of a view contain, mapped from disk
         self.flushed, self.writable = time.monotonic(), folder is not None
 
+    @classmethod
+    def open(cls, model: InferenceModel, args: argparse.Namespace) -> FeatureCache:
+        """Return a model's cache according to the command line; of several processes only the first has one."""
+        return cls(None if args.no_cache or RANK else args.cache, feature_key(model), args.cache_limit * 1e9)
+
     def view_folder(self, view: View) -> Path:
         """Return the folder of a view's files."""
         return self.folder / digest_of({**self.key, "view": view})
@@ -1555,25 +1579,46 @@ class FeatureCache:
         if self.writable:
             pending = self.pending.setdefault(view, [])
             pending.append((hashes, rows))
-            if sum(rows.nbytes for _, rows in pending) > 64e6 or time.monotonic() - self.flushed > 300:
+            if sum(rows.nbytes for _, rows in pending) > FILE_BYTES or time.monotonic() - self.flushed > 300:
                 self.flush()
 
     def flush(self) -> None:
         """Write what is pending, and close the files that were read. After an error it warns and stops writing."""
         for view, pending in self.pending.items() if self.writable else ():
-            buffer = io.BytesIO()
-            hashes, rows = list(chain.from_iterable(hashes for hashes, _ in pending)), [rows for _, rows in pending]
-            torch.save({"hashes": hashes, "features": torch.cat(rows)}, buffer)
-            folder = self.view_folder(view)
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with atomic_write(folder / f"{hashlib.sha256(buffer.getbuffer()).hexdigest()}.pt", "wb") as file:
-                    file.write(buffer.getbuffer())
+                self.write_file(view, pending)
+                self.merge_small_files(view)
             except OSError as error:
-                log(f"warning: features are not remembered: {folder}: {error.strerror}")
+                log(f"warning: features are not remembered: {self.view_folder(view)}: {error.strerror}")
                 self.writable = False
                 break
         self.pending, self.known, self.flushed = {}, {}, time.monotonic()
+
+    def write_file(self, view: View, parts: list[tuple[list[str], torch.Tensor]]) -> Path:
+        """Write (hashes, rows) of a view to a new file, and return its path."""
+        buffer = io.BytesIO()
+        hashes = list(chain.from_iterable(hashes for hashes, _ in parts))
+        torch.save({"hashes": hashes, "features": torch.cat([rows for _, rows in parts])}, buffer)
+        file = self.view_folder(view) / f"{hashlib.sha256(buffer.getbuffer()).hexdigest()}.pt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(file, "wb") as stream:
+            stream.write(buffer.getbuffer())
+        return file
+
+    def merge_small_files(self, view: View) -> None:
+        """Join the small files of a view if they are many, as after weeks of nightly runs.
+
+        Other runs that have read the old files, or join them at the same time, lose nothing.
+        """
+        files = self.view_folder(view).glob(CACHE_FILES)
+        small = sorted(file for file in files if file.stat().st_size < FILE_BYTES)
+        if len(small) > MAX_SMALL_FILES:
+            parts = [(content["hashes"], content["features"]) for content in map(self.read_file, small) if content]
+            merged = self.write_file(view, parts)
+            del parts  # Windows cannot remove a file that is mapped
+            for file in small:
+                if file != merged:
+                    file.unlink(missing_ok=True)
 
     def prune(self) -> None:
         """Remove the files that were not used for longest until the cache is within its limit, and report its size."""
@@ -1585,7 +1630,7 @@ class FeatureCache:
             for leftover in (file for folder in folders for file in folder.glob(f".{'[0-9a-f]' * 64}.pt.*.tmp")):
                 if time.time() - leftover.stat().st_mtime > 86400:
                     leftover.unlink()
-            files = [file for folder in folders for file in folder.glob("[0-9a-f]" * 64 + ".pt")]
+            files = [file for folder in folders for file in folder.glob(CACHE_FILES)]
             files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in files)
             total = sum(size for _, size, _ in files)
             for _, size, file in files:

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import random
 import shlex
 import sys
 import tempfile
@@ -33,11 +34,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import EXIT_BELOW_BAR, SPLITS, TTA_HELP
-from common import Checkpoint, Estimate, InferenceModel, LazyModule, Progress, UserError, View
-from common import add_hardware_options, are_among, atomic_write, checkpoint_precision, checkpoint_views, command
-from common import fraction, hash_images, in_batches, library_versions, list_split, log, log_device, make_parser
-from common import new_figure, paired_difference, pick_device, pick_precision, printable, read_batches, read_checkpoint
-from common import read_image, read_known, save_figure, wilson, write_csv
+from common import Checkpoint, Estimate, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Split, UserError
+from common import View
+from common import add_cache_options, add_hardware_options, are_among, atomic_write, checkpoint_precision
+from common import checkpoint_views, command, extract_features, fraction, hash_images, in_batches, library_versions
+from common import list_split, log, log_device, make_parser, new_figure, paired_difference, pick_device, pick_precision
+from common import printable, read_batches, read_checkpoint, read_image, read_known, rows_per_chunk, save_figure, wilson
+from common import write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +66,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     group.add_argument("--tta", action="store_true", help=TTA_HELP)
     fail_help = "end with exit code 4 if the accuracy of the first checkpoint is below this"
     group.add_argument("--fail-under", type=fraction, metavar="ACCURACY", help=fail_help)
+    add_cache_options(parser)
     add_hardware_options(parser)
     parser.set_defaults(command=shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)]))
     args = parser.parse_args(argv)
@@ -83,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     with replace_report(args.out, [candidate.subfolder for candidate in candidates]) as folder:
         models = []
         for candidate in candidates:
-            predictions, timing = classify(candidate, images, device, args.precision, args.workers)
+            predictions, timing = classify(candidate, images, device, args)
             metrics = compute_metrics(candidate, predictions, timing)
             metrics |= count_seen_images(candidate.checkpoint, images.hashes, predictions.correct)
             if sentence := seen_images_sentence(metrics, images.split):
@@ -303,6 +307,9 @@ def hash_split(hashes: list[str], labels: list[str]) -> str:
 
 # ---------------------------------------------------------------- predictions
 
+CHECKED_IMAGES = 64  # images whose features are always computed, to compare them with those in the cache
+MAX_ROUNDING = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # by which features may differ, relative to their norm
+
 
 @dataclass
 class Predictions:
@@ -326,32 +333,59 @@ class EvaluatedModel(Candidate):
 
 
 def classify(
-    candidate: Candidate, images: Images, device: torch.device, precision: str, workers: int | None
+    candidate: Candidate, images: Images, device: torch.device, args: Namespace
 ) -> tuple[Predictions, dict[str, Any]]:
     """Run a model on all images. Returns the predictions, and `ms_per_image` and `timing` as in metrics.json.
 
-    The time is measured from pixels in memory to probabilities, and is that of the fastest batch: the others share the
-    processor with the threads that read images. Raises ImageError for the first image that cannot be read.
+    What the feature cache knows is not computed again. Raises ImageError for the first image that cannot be read.
     """
-    checkpoint = candidate.checkpoint
-    model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, precision))
-    results, times = [], []
-    _ = model.backbone  # prepared here, outside the measured time
-    with Progress(f"evaluate {candidate.name}", len(images.paths)) as progress:
-        batches = in_batches(zip(images.paths, images.hashes), model.batch_size)
-        for batch in read_batches(batches, checkpoint.preprocessing, workers, read_known):
-            pixels = batch.complete_pixels()
-            start = time.perf_counter()
-            logits = model.forward_views(pixels, candidate.views)
-            results.append(model.log_probabilities(logits, (1, candidate.temperature)))
-            times.append(1000 * (time.perf_counter() - start) / len(pixels))
-            progress.update(len(pixels))
+    checkpoint, views = candidate.checkpoint, candidate.views
+    model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
     index = {name: number for number, name in enumerate(checkpoint.classes)}
     targets = torch.tensor([index[label] for label in images.labels])
-    dtype, views = str(model.dtype).removeprefix("torch."), len(candidate.views)
-    timing = f"without reading, the fastest of {len(times)} batches; views per image: {views}; {device}, {dtype}"
+    request = FeatureRequest(Split(images.paths, targets, images.hashes), views)
+    cache = FeatureCache.open(model, args)
+    (features,) = extract_features(model, [request], cache, args.out, args.workers)
+    milliseconds, count = check_features(model, request, features, cache, args.workers)
+    results = []
+    for rows in torch.arange(len(targets)).split(rows_per_chunk(features)):
+        logits = torch.stack([model.forward_cached(view[rows]) for view in features])
+        results.append(model.log_probabilities(logits, (1, candidate.temperature)))
+    timing = f"without reading, the fastest of the batches of {count} images; views per image: {len(views)}; "
+    timing += f"{device}, {model.precision}"
     predictions = make_predictions(targets, *(torch.cat(parts) for parts in zip(*results)))
-    return predictions, {"ms_per_image": min(times), "timing": timing}
+    return predictions, {"ms_per_image": len(views) * milliseconds, "timing": timing}
+
+
+def check_features(
+    model: InferenceModel, request: FeatureRequest, features: torch.Tensor, cache: FeatureCache, workers: int | None
+) -> tuple[float, int]:
+    """Compute some features, drawn at random, again, and compare them with the given ones [views, N, D].
+
+    Returns the milliseconds per image and view, from pixels in memory to logits in the fastest batch (the others share
+    the processor with the threads that read images), and the number of images. Raises UserError if the features differ
+    by more than rounding, so that the cache is not to be trusted.
+    """
+    split = request.split
+    rows = random.sample(range(len(split)), min(len(split), max(CHECKED_IMAGES, 2 * model.batch_size)))
+    views = random.choices(range(len(request.views)), k=math.ceil(len(rows) / model.batch_size))
+    batches = list(in_batches(rows, model.batch_size))
+    _, times = model.backbone, []  # the backbone is prepared outside the measured time
+    items = ([(split.paths[row], split.sha256[row]) for row in batch] for batch in batches)
+    for view, batch, read in zip(views, batches, read_batches(items, model.preprocessing, workers, read_known)):
+        pixels = read.complete_pixels()
+        start = time.perf_counter()
+        (computed,) = model.forward_views(pixels, [request.views[view]])
+        model.fetch_logits(model.forward_head(computed))
+        times.append(1000 * (time.perf_counter() - start) / len(pixels))
+        expected = features[view, batch].float()
+        distance = (computed.cpu() - expected).norm() / expected.norm()
+        if not distance < MAX_ROUNDING[model.precision]:
+            raise UserError(
+                f"the features in {cache.folder} are not those of the images: they differ by {distance:.1%}, more "
+                "than rounding explains; remove that folder, or use --no-cache"
+            )
+    return min(times), len(rows)
 
 
 def make_predictions(targets: torch.Tensor, uncalibrated: torch.Tensor, calibrated: torch.Tensor) -> Predictions:

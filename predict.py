@@ -173,7 +173,9 @@ class Classifier(NamedTuple):
 
     def start(self, batch: ImageBatch) -> tuple[ImageBatch, torch.Tensor | None]:
         """Run the network on a batch; return it with its logits on the device, or with None if no image is readable."""
-        return batch, self.model.forward_views(batch.pixels, self.views) if len(batch.pixels) else None
+        if not len(batch.pixels):
+            return batch, None
+        return batch, self.model.forward_head(self.model.forward_views(batch.pixels, self.views))
 
     def finish(self, batch: ImageBatch, logits: torch.Tensor | None) -> list[Prediction]:
         """Return the predictions for a batch."""

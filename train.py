@@ -24,7 +24,6 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -35,9 +34,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from common import CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, MAX_IMAGE_SIZE, RANK, RUN_FORMAT, SPLITS, VIEWS
 from common import WORLD_SIZE
 from common import Checkpoint, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Network, Split, UserError, View
-from common import add_hardware_options, all_gather_list, apply_view, are_among, atomic_write, average_views
-from common import broadcast_from_rank0, checkpoint_precision, class_folders, command, defer_signals, digest_of
-from common import extract_features, feature_key, fraction, hash_images, hold_lock, initialize_classifier
+from common import add_cache_options, add_hardware_options, all_gather_list, apply_view, are_among, atomic_write
+from common import average_views, broadcast_from_rank0, checkpoint_precision, class_folders, command, defer_signals
+from common import digest_of, extract_features, fraction, hash_images, hold_lock, initialize_classifier
 from common import is_out_of_memory, library_versions, list_architectures, list_split, load_pretrained, log, log_device
 from common import make_parser, new_figure, non_negative_float, paired_difference, pick_precision, positive_float
 from common import positive_int, process_group, read_batches, read_checkpoint, read_known, read_torch_file, resize
@@ -151,11 +150,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tune", type=positive_int, metavar="N", help=TUNE_HELP)
     seeds = "train with K seeds, report mean and standard deviation, and save the best on val"
     add("--seeds", type=positive_int, default=1, metavar="K", help=seeds)
-    add = parser.add_argument_group("feature cache").add_argument
-    add("--cache", type=Path, default=default_cache(), metavar="DIR", help="folder of the feature cache")
-    add("--no-cache", action="store_true", help="do not use the feature cache")
-    limit = "above this size, remove the least recently used features"
-    add("--cache-limit", type=positive_float, default=20, metavar="GB", help=limit)
+    add_cache_options(parser)
     add_hardware_options(parser)
     parser.set_defaults(strong=False)
     args = parser.parse_args(argv)
@@ -182,15 +177,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def default_cache() -> Path:
-    """Return the default of --cache, in the user's cache folder."""
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home folder, as in some containers
-        base = Path(tempfile.gettempdir())
-    return base / "transfer-learning" / "features"
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train a classifier according to the command line, and return the exit code."""
@@ -211,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         dataset, network, unfinished, incumbent = broadcast_from_rank0(lambda: prepare(args))
         args = with_defaults(args, dataset, network)
         model = InferenceModel(network, device, args.precision)
-        cache = open_cache(model, args)
+        cache = FeatureCache.open(model, args)
         files = RunFiles(args.out, run_settings(vars(args), dataset, cache.key), not args.only_if_better)
         if unfinished:
             check_resumable(unfinished, files.settings, args.out)
@@ -547,7 +533,7 @@ def measure_on_val(
 ) -> ValResult | None:
     """Measure a model, whose outputs are `classes`, on val images; None in all processes but the first."""
     request = FeatureRequest(val, VIEWS["none"])
-    features = extract_features(model, [request], open_cache(model, args), args.out, args.workers)
+    features = extract_features(model, [request], FeatureCache.open(model, args), args.out, args.workers)
     if RANK:
         return None
     targets = torch.tensor([classes.index(name) for name in dataset.classes])[val.targets]
@@ -569,12 +555,6 @@ def compare_models(old: ValResult, new: ValResult, path: Path) -> dict[str, Any]
     val_acc, old_val_acc = (result.correct.double().mean().item() for result in (new, old))  # of the same images
     losses = {"old_val_loss_calibrated": old.calibrated_nll, "val_loss_calibrated": new.calibrated_nll}
     return {"val_acc": val_acc, "kept_old": kept_old, "old_val_acc": old_val_acc, **losses}
-
-
-def open_cache(model: InferenceModel, args: argparse.Namespace) -> FeatureCache:
-    """Return a model's feature cache according to the options; only the first process has one."""
-    folder = None if args.no_cache or RANK else args.cache
-    return FeatureCache(folder, feature_key(model), args.cache_limit * 1e9)
 
 
 # ---------------------------------------------------------------- the training loop

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import command, load_pt, read_csv
+from conftest import SMALL, command, load_pt, read_csv
 from PIL import Image
 from scipy import stats
 from sklearn import metrics as sklearn
 
 import evaluate
-from common import Checkpoint, short_hashes
+from common import Checkpoint, hash_file, short_hashes
 
 HISTORY = """epoch,lr,train_loss,train_acc,val_loss,val_acc,test_loss,test_acc,seconds
 1,0.1,0.9,0.60,0.8,0.60,,,1
@@ -686,3 +686,40 @@ def test_bad_data(run, trained, tree, tmp_path):
     assert "other/" in run("evaluate", *args, "--split", "other", code=2).error[0]
     (data / "test" / "red" / "bad.png").write_bytes(b"no image")
     assert "bad.png" in run("evaluate", *args, code=2).error[0]
+
+
+# ---------------------------------------------------------------- the feature cache
+
+
+def test_features_are_not_computed_twice(run, tree, tmp_path):
+    """evaluate.py knows the features from training, also of views; the numbers are those without a cache."""
+    cache, out = ["--cache", tmp_path / "cache"], tmp_path / "out"
+    run("train", "--data", tree, "--out", out, "--epochs", 2, "--augment", "flip", *cache, *SMALL)
+    args = ["--checkpoint", out / "model.pt", "--data", tree, "--out", tmp_path / "report"]
+    with_cache = run("evaluate", *args, *cache)
+    assert "features: 30 remembered" in with_cache.err and ", 0 to compute" in with_cache.err
+    assert "30 remembered" in run("evaluate", *args, *cache, "--tta").err  # the mirror images are new
+    assert "60 remembered" in run("evaluate", *args, *cache, "--tta").err
+    assert "120 remembered" in run("evaluate", *args, *cache, "--tta", "--split", "train").err
+    without = run("evaluate", *args, "--no-cache")
+    assert "remembered" not in without.err
+    keys = ("accuracy", "loss", "ece", "brier", "macro_f1")
+    assert [with_cache.json[key] for key in keys] == pytest.approx([without.json[key] for key in keys], abs=1e-6)
+    assert with_cache.json["ms_per_image"] > 0
+
+
+def test_wrong_features_in_the_cache_are_noticed(run, tree, tmp_path):
+    """Features of other images, in a file that is not damaged."""
+    cache = tmp_path / "cache"
+    args = ["--data", tree, "--cache", cache]
+    run("train", *args, "--out", tmp_path / "out", "--epochs", 1, *SMALL)
+    (file,) = cache.glob("*/*.pt")
+    content = load_pt(file)
+    content["features"] = content["features"].roll(1, 0)
+    torch.save(content, tmp_path / "new.pt")
+    file.unlink()
+    shutil.copy(tmp_path / "new.pt", file.with_name(hash_file(tmp_path / "new.pt") + ".pt"))
+    args += ["--checkpoint", tmp_path / "out" / "model.pt", "--out", tmp_path / "report"]
+    message = run("evaluate", *args, code=2).error[0]
+    assert str(cache) in message and "--no-cache" in message and not (tmp_path / "report" / "report.html").exists()
+    run("evaluate", *args, "--no-cache")

@@ -405,6 +405,19 @@ def test_cache_is_bounded_and_may_be_unwritable(run, tree, tmp_path):
     assert "not remembered" in result.err and result.json["epochs"] == 1
 
 
+def test_many_small_files_are_joined(run, tmp_path):
+    """As after nightly runs that each add a few images. Nothing is forgotten, and foreign files stay."""
+    data, cache = make_tree(tmp_path / "data", counts=(("train", 4),)), tmp_path / "cache"
+    args = ["--data", data, "--epochs", 1, "--cache", cache, *SMALL]
+    for number in range(22):
+        run("train", *args, "--out", tmp_path / "out", "--restart")
+        tile((190, 40, 40), f"night {number}").save(data / "train" / "red" / f"new {number}.png")
+        (folder,) = cache.iterdir()
+        (folder / "foreign.pt").write_text("not ours")
+    assert len(list(folder.iterdir())) <= 3 and (folder / "foreign.pt").exists()
+    assert f"{12 + 21} remembered in {cache}, 1 to compute" in run("train", *args, "--out", tmp_path / "out").err
+
+
 def test_interrupted_feature_pass_continues(run, tree, tmp_path, monkeypatch):
     import common
 
