@@ -1683,6 +1683,14 @@ def read_torch_file(path: str | Path) -> dict:
     return content
 
 
+def write_torch_file(path: Path, content: dict) -> None:
+    """Write a dict by torch.save, atomically."""
+    buffer = io.BytesIO()  # torch.save would turn the OSError of a full disk into a RuntimeError
+    torch.save(content, buffer)
+    with atomic_write(path, "wb") as file:
+        file.write(buffer.getbuffer())
+
+
 def is_checkpoint(content: dict) -> bool:
     """Return whether a file's content is a checkpoint of train.py."""
     return content.get("format") == CHECKPOINT_FORMAT

@@ -17,18 +17,18 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from common import EXIT_SOME_UNREADABLE, TTA_HELP
-from common import ImageBatch, InferenceModel, LazyModule, Progress, UserError, View
+from common import Checkpoint, ImageBatch, InferenceModel, LazyModule, Progress, UserError, View
 from common import add_hardware_options, atomic_write, center_square, checkpoint_precision, checkpoint_views, command
 from common import crops_squares, csv_writer, find_images, fraction, in_batches, log, log_device, make_parser
 from common import new_figure, pick_device, positive_int, printable, read_batches, read_checkpoint, read_image
-from common import save_figure, write_csv
+from common import save_figure, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
     plot_help = f"draw images with their {BARS} best classes, {PAGE_COLUMNS * PAGE_ROWS} per page: FILE.png, FILE-2.png"
     add("--plot", type=Path, metavar="FILE.png", help=plot_help)
+    features_help = "save the network's output before its classifier for each image: a dict of paths, features [N, D], "
+    features_help += "arch and preprocessing, for torch.load"
+    add("--features", type=Path, metavar="FILE.pt", help=features_help)
     add("--explain", action="store_true", help="in --plot, also show what supports each class (convolutional networks)")
     add = parser.add_argument_group("map of a large scene").add_argument
     add("--scene", type=Path, metavar="IMAGE", help=f"an image of at most {MAX_SCENE_PIXELS // 10**6} million pixels")
@@ -71,8 +74,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.images and not args.scene:
         parser.error("nothing to classify: give images, folders, - for paths on stdin, or --scene")
     if args.scene:
-        if args.images or args.plot or args.explain or args.format or args.top_k > 1:
-            parser.error("--scene cannot be combined with IMAGE, --top-k, --format, --plot or --explain")
+        if args.images or args.plot or args.explain or args.features or args.format or args.top_k > 1:
+            parser.error("--scene cannot be combined with IMAGE, --top-k, --format, --features, --plot or --explain")
         if not args.out:
             parser.error("--scene needs --out DIR, the folder for the map")
         args.tile, args.stride = args.tile or 64, args.stride or args.tile or 64
@@ -98,15 +101,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint = read_checkpoint(args.checkpoint)
     model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
     log_device(device, [model.dtype])
-    classifier = Classifier(model, checkpoint.classes, *checkpoint_views(checkpoint, args.tta), args.workers)
+    views, temperature = checkpoint_views(checkpoint, args.tta)
+    classifier = Classifier(model, checkpoint.classes, views, temperature, args.workers, args.features is not None)
     if scene:
         args.out.mkdir(parents=True, exist_ok=True)
         scene_map = map_scene(scene, classifier, args.tile, args.stride, args.min_confidence)
         print(json.dumps(write_map(args.out, args.scene, scene, scene_map)))
         return 0
     pages = PredictionPages(args.plot, classifier, args.min_confidence, args.explain) if args.plot else None
+    features = FeatureFile(args.features, checkpoint) if args.features else None
     writer = RecordWriter(args.format, classifier.classes, args.min_confidence, args.top_k)
-    return print_records(classifier.classify(paths), writer, pages)
+    return print_records(classifier.classify(paths), writer, pages, features)
 
 
 def list_paths(arguments: list[str], null: bool) -> Iterator[str | None]:
@@ -141,6 +146,7 @@ class Prediction(NamedTuple):
     path: Any  # the file; for a tile of a scene its box (left, top, right, bottom)
     pixels: torch.Tensor | None = None  # as read by `read_batches`: uint8 [3, s, s]
     probabilities: torch.Tensor | None = None  # of each class, calibrated, float64 [C]
+    features: torch.Tensor | None = None  # before the classifier, float32 [D]; only with --features
     error: str | None = None  # why the image cannot be read
 
     def rank(self, classes: list[str], count: int) -> list[tuple[str, float]]:
@@ -157,6 +163,7 @@ class Classifier(NamedTuple):
     views: Sequence[View]  # to average over
     temperature: float  # of that average
     workers: int | None = None  # threads that read images; None: the default
+    keep_features: bool = False  # whether the predictions have features
 
     def classify(self, paths: Iterable[Any], read: Callable = read_image) -> Iterator[list[Prediction]]:
         """Yield the predictions for batches of images, in order.
@@ -171,17 +178,22 @@ class Classifier(NamedTuple):
             if previous:
                 yield self.finish(*previous)
 
-    def start(self, batch: ImageBatch) -> tuple[ImageBatch, torch.Tensor | None]:
-        """Run the network on a batch; return it with its logits on the device, or with None if no image is readable."""
-        if not len(batch.pixels):
-            return batch, None
-        return batch, self.model.forward_head(self.model.forward_views(batch.pixels, self.views))
+    def start(self, batch: ImageBatch) -> tuple[ImageBatch, torch.Tensor | None, torch.Tensor | None]:
+        """Run the network on a batch; return it with logits and features on the device, None if no image is readable.
 
-    def finish(self, batch: ImageBatch, logits: torch.Tensor | None) -> list[Prediction]:
+        The features are those of the first view, the image as it is.
+        """
+        if not len(batch.pixels):
+            return batch, None, None
+        features = self.model.forward_views(batch.pixels, self.views)
+        return batch, self.model.forward_head(features), features[0]
+
+    def finish(self, batch: ImageBatch, logits: torch.Tensor | None, features: torch.Tensor | None) -> list[Prediction]:
         """Return the predictions for a batch."""
         rows = iter(())
         if logits is not None:
-            rows = zip(batch.pixels, self.model.log_probabilities(logits, [self.temperature])[0].exp())
+            probabilities = self.model.log_probabilities(logits, [self.temperature])[0].exp()
+            rows = zip(batch.pixels, probabilities, features.cpu() if self.keep_features else repeat(None))
         return [
             Prediction(path, error=batch.errors[number].reason)
             if number in batch.errors
@@ -222,18 +234,48 @@ class RecordWriter:
             print(f"{columns}  {printable(path)}" if best else f"error:  {printable(path)} ({error})")
 
 
-def print_records(batches: Iterable[list[Prediction]], writer: RecordWriter, pages: PredictionPages | None) -> int:
-    """Print a record for each prediction, and draw it if there are pages; return the exit code."""
+class FeatureFile:
+    """The file of --features: what the network computes for each image, before its classifier."""
+
+    def __init__(self, file: Path, checkpoint: Checkpoint) -> None:
+        if not file.parent.is_dir():
+            raise UserError(f"--features {file}: no such folder: {file.parent}")
+        self.file, self.checkpoint = file, checkpoint
+        self.paths: list[str] = []
+        self.rows: list[torch.Tensor] = []  # float32 [D] of each path
+
+    def add(self, prediction: Prediction) -> None:
+        """Remember the features of an image."""
+        self.paths.append(prediction.path)
+        self.rows.append(prediction.features)
+
+    def save(self) -> None:
+        """Write the file."""
+        content = {"arch": self.checkpoint.arch, "preprocessing": self.checkpoint.preprocessing, "paths": self.paths}
+        content["features"] = torch.stack(self.rows) if self.rows else torch.empty(0, 0)
+        write_torch_file(self.file, content)
+        log(f"wrote {self.file}")
+
+
+def print_records(
+    batches: Iterable[list[Prediction]],
+    writer: RecordWriter,
+    pages: PredictionPages | None,
+    features: FeatureFile | None,
+) -> int:
+    """Print a record for each prediction, draw it and keep its features if that is wanted; return the exit code."""
     images = failures = 0
     for batch in batches:
         for prediction in batch:
             writer.write(prediction)
-            if pages and prediction.error is None:
-                pages.add(prediction)
+            for output in filter(None, (pages, features) if prediction.error is None else ()):
+                output.add(prediction)
         images, failures = images + len(batch), failures + sum(prediction.error is not None for prediction in batch)
         sys.stdout.flush()
     if pages and pages.pictures:
         pages.save_page()
+    if features:
+        features.save()
     if failures:
         log(f"{failures} of {images} images could not be read")
     return EXIT_SOME_UNREADABLE if failures else 0

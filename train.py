@@ -17,7 +17,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -34,14 +33,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from common import CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, MAX_IMAGE_SIZE, RANK, RUN_FORMAT, SPLITS, VIEWS
 from common import WORLD_SIZE
 from common import Checkpoint, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Network, Split, UserError, View
-from common import add_cache_options, add_hardware_options, all_gather_list, apply_view, are_among, atomic_write
-from common import average_views, broadcast_from_rank0, checkpoint_precision, class_folders, command, defer_signals
-from common import digest_of, extract_features, fraction, hash_images, hold_lock, initialize_classifier
-from common import is_out_of_memory, library_versions, list_architectures, list_split, load_pretrained, log, log_device
-from common import make_parser, new_figure, non_negative_float, paired_difference, pick_precision, positive_float
-from common import positive_int, process_group, read_batches, read_checkpoint, read_known, read_torch_file, resize
-from common import rows_per_chunk, save_figure, seed_number, short_hashes, to_device, update_weights, usable_memory
-from common import write_csv
+from common import add_cache_options, add_hardware_options, all_gather_list, apply_view, are_among, average_views
+from common import broadcast_from_rank0, checkpoint_precision, class_folders, command, defer_signals, digest_of
+from common import extract_features, fraction, hash_images, hold_lock, initialize_classifier, is_out_of_memory
+from common import library_versions, list_architectures, list_split, load_pretrained, log, log_device, make_parser
+from common import new_figure, non_negative_float, paired_difference, pick_precision, positive_float, positive_int
+from common import process_group, read_batches, read_checkpoint, read_known, read_torch_file, resize, rows_per_chunk
+from common import save_figure, seed_number, short_hashes, to_device, update_weights, usable_memory, write_csv
+from common import write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -1624,14 +1623,6 @@ class RunFiles:
     def write_last(self, state: dict) -> None:
         header = {"format": RUN_FORMAT, "version": RUN_VERSION, "settings": self.settings}
         write_torch_file(self.folder / "last.pt", header | state)
-
-
-def write_torch_file(path: Path, content: dict) -> None:
-    """Write a dict by torch.save, atomically."""
-    buffer = io.BytesIO()  # torch.save would turn the OSError of a full disk into a RuntimeError
-    torch.save(content, buffer)
-    with atomic_write(path, "wb") as file:
-        file.write(buffer.getbuffer())
 
 
 def checkpoint_content(

@@ -357,6 +357,25 @@ def test_grad_cam_of_other_networks(trained, classify, images, tmp_path, arch, s
 # ---------------------------------------------------------------- map of a scene
 
 
+def test_features(classify, trained, images, tmp_path):
+    """The file has the classifier's input for each readable image: the classifier turns it into the probabilities."""
+    (images / "bad.png").write_bytes(b"no image")
+    args = ["--format", "jsonl", "--top-k", 3]
+    result = classify(images, *args, "--features", tmp_path / "features.pt", code=3)
+    assert result.out == classify(images, *args, code=3).out
+    content, checkpoint = load_pt(tmp_path / "features.pt"), load_pt(trained.model)
+    records = [record for record in map(json.loads, result.out.splitlines()) if "class" in record]
+    assert content["paths"] == [record["path"] for record in records] and len(records) == 4
+    assert (content["arch"], content["preprocessing"]) == ("resnet18", checkpoint["preprocessing"])
+    assert content["features"].shape == (4, 512) and content["features"].dtype == torch.float32
+    weight, bias = (checkpoint["state_dict"][f"fc.{name}"] for name in ("weight", "bias"))
+    logits = content["features"] @ weight.T + bias
+    for record, probabilities in zip(records, (logits / checkpoint["temperature"]).softmax(1)):
+        index = checkpoint["classes"].index(record["class"])
+        assert probabilities[index].item() == pytest.approx(record["probability"], abs=1e-4)
+    assert "no such folder" in classify(images, "--features", tmp_path / "no" / "f.pt", code=2).error[0]
+
+
 @pytest.fixture
 def mosaic(tmp_path):
     """A scene of 5 x 4 tiles of 32 pixels with a world file, and the class of each tile."""
