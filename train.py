@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -38,9 +38,9 @@ from common import broadcast_from_rank0, checkpoint_precision, class_folders, co
 from common import extract_features, fraction, hash_images, hold_lock, initialize_classifier, is_out_of_memory
 from common import library_versions, list_architectures, list_split, load_pretrained, log, log_device, make_parser
 from common import new_figure, non_negative_float, paired_difference, pick_precision, positive_float, positive_int
-from common import process_group, read_batches, read_checkpoint, read_known, read_torch_file, resize, rows_per_chunk
-from common import save_figure, seed_number, short_hashes, to_device, update_weights, usable_memory, write_csv
-from common import write_torch_file
+from common import printable, process_group, read_batches, read_checkpoint, read_image, read_known, read_torch_file
+from common import resize, rows_per_chunk, save_figure, seed_number, short_hashes, to_device, update_weights
+from common import usable_memory, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +102,13 @@ TUNE_HELP = (
 )
 
 
+AUDIT_HELP = (
+    "before training, look for wrong labels and for near-duplicates in different splits or classes, with the features "
+    "of the frozen network: OUT/audit.csv, audit.png, duplicates.csv and duplicates.png, the most suspicious first. "
+    "The data stay as they are"
+)
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = make_parser("train.py", __doc__, "python train.py --data data/eurosat --epochs 5")
@@ -149,6 +156,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tune", type=positive_int, metavar="N", help=TUNE_HELP)
     seeds = "train with K seeds, report mean and standard deviation, and save the best on val"
     add("--seeds", type=positive_int, default=1, metavar="K", help=seeds)
+    parser.add_argument_group("a look at the data").add_argument("--audit", action="store_true", help=AUDIT_HELP)
     add_cache_options(parser)
     add_hardware_options(parser)
     parser.set_defaults(strong=False)
@@ -208,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             old_model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
             old = measure_on_val(old_model, dataset, checkpoint.classes, val, args)
             del old_model  # to free memory
+        suspects = audit(model, dataset, cache, args) if args.audit else {}
         train_model = train_linear_probe if args.finetune == "head" else finetune
         runs, temperature_tta = train_model(model, dataset, cache, args, files, unfinished, deadline)
         if incumbent:
@@ -237,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         **({"tuned": asdict(run.hparams)} if args.tune else {}),
         **({"alpha": row["alpha"]} if "alpha" in row else {}),
         **comparison,
+        **suspects,
         "seconds": round(time.monotonic() - start, 1),
     }
     print(json.dumps(report))
@@ -496,7 +506,7 @@ def read_incumbent(path: Path, classes: list[str], data: Path) -> Checkpoint | N
 
 def run_settings(arguments: dict, dataset: Dataset, features_key: dict) -> dict:
     """Return everything that affects the result of a run, as plain values. A run is resumed only if it is the same."""
-    no_effect = "resume restart only_if_better list_archs out workers cache no_cache cache_limit max_minutes"
+    no_effect = "audit resume restart only_if_better list_archs out workers cache no_cache cache_limit max_minutes"
     settings = {name: value for name, value in plain_values(arguments).items() if name not in no_effect.split()}
     if arguments["finetune"] != "head":
         settings["processes"] = WORLD_SIZE
@@ -1054,6 +1064,7 @@ class LinearProbes:
         order = torch.randperm(len(targets), generator=generator).to(targets.device)
         views = torch.randint(len(features), targets.shape, generator=generator).to(targets.device)
         for rows in order.split(self.batch_size):
+            self.rows = rows  # of the batch, for subclasses
             yield features[views[rows], rows].to(self.device, torch.float32), targets[rows].to(self.device), 1.0
 
     def forward(self, inputs: torch.Tensor, active: list[int]) -> torch.Tensor:
@@ -1151,6 +1162,227 @@ def plot_tuning(path: Path, rows: list[dict], winner: dict) -> None:
             axes.grid(alpha=0.25)
     axes.legend()
     save_figure(path, figure)
+
+
+# ---------------------------------------------------------------- a look at the data
+
+FOLDS = 5  # classifiers of the audit, each of which is not trained on its fold of the images
+SHOWN = 24  # images in audit.png, and pairs in duplicates.png
+
+
+class BlindProbes(LinearProbes):
+    """Linear classifiers, one for each fold of the images, that do not learn from the images of their fold."""
+
+    def __init__(
+        self, head: torch.nn.Sequential, labeled: LabeledFeatures, folds: torch.Tensor, options: TrainOptions
+    ) -> None:
+        """`folds` are the numbers, below FOLDS, of the folds of the images [N]."""
+        super().__init__(head, {"train": labeled}, options, FOLDS)
+        self.folds = folds.to(self.device)
+
+    def forward(self, inputs: torch.Tensor, active: list[int]) -> torch.Tensor:
+        logits = super().forward(inputs, active)
+        own = self.folds[self.rows.to(self.device), None] == torch.tensor(active, device=self.device)
+        return torch.where(own[..., None], logits.detach(), logits)
+
+    def blind_logits(self) -> torch.Tensor:
+        """Return the logits [N, C] of each image, on the CPU, from the classifier that has not learned from it."""
+        features, parts = self.data["train"].features[0], []
+        with torch.no_grad():
+            for rows in torch.arange(features.shape[0]).split(rows_per_chunk(features)):
+                logits = super().forward(features[rows].to(self.device, torch.float32), list(range(FOLDS)))
+                parts.append(logits[torch.arange(len(rows)), self.folds[rows]].cpu())
+        return torch.cat(parts)
+
+
+def audit(model: InferenceModel, dataset: Dataset, cache: FeatureCache, args: argparse.Namespace) -> dict[str, int]:
+    """Look for wrong labels and near-duplicates, and return how many were found; the files are written to OUT.
+
+    Five classifiers judge the images of train and val, each those from which it has not learned (confident learning;
+    Northcutt, Jiang and Chuang, JAIR 2021), and their average those of test, from which none has learned.
+    """
+    requests = [FeatureRequest(split, VIEWS["none"]) for split in dataset.splits.values()]
+    features = extract_features(model, requests, cache, args.out, args.workers)
+    if RANK:
+        return {}
+    start, splits = time.monotonic(), list(dataset.splits)
+    paths, sha256 = [], []
+    for split in dataset.splits.values():
+        paths, sha256 = paths + split.paths, sha256 + split.sha256
+    names = [name for name, split in dataset.splits.items() for _ in split.paths]
+    features, targets = torch.cat(features, 1), torch.cat([split.targets for split in dataset.splits.values()])
+    learned = torch.tensor([name != "test" for name in names])
+    probabilities = judge_images(model, features, targets, sha256, learned, args)
+    suspects = find_suspects(probabilities, targets, learned)
+    pairs = find_duplicates(features[0], targets, torch.tensor([splits.index(name) for name in names]), sha256)
+    write_audit(args.out, dataset.classes, paths, names, targets, probabilities, suspects)
+    write_duplicates(args.out, dataset.classes, paths, names, targets, pairs)
+    log(
+        f"audit: {len(suspects)} of {len(paths)} labels are suspicious ({args.out / 'audit.csv'}), and {len(pairs)} "
+        f"pairs of near-duplicates are in different splits or classes ({args.out / 'duplicates.csv'}); the data are "
+        f"unchanged ({time.monotonic() - start:.1f} s)"
+    )
+    return {"suspicious_labels": len(suspects), "near_duplicates": len(pairs)}
+
+
+def judge_images(
+    model: InferenceModel,
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    sha256: list[str],
+    learned: torch.Tensor,
+    args: argparse.Namespace,
+) -> torch.Tensor:
+    """Return class probabilities [N, C] of each image, by classifiers that have not learned from it.
+
+    Takes features [1, N, D] and whether an image may be learned from, bool [N]. Equal images are in the same fold.
+    """
+    own = learned.nonzero()[:, 0]
+    labeled = LabeledFeatures(features[:, own].to(model.device), targets[own].to(model.device))
+    folds = torch.tensor([int(sha256[row][:8], 16) % FOLDS for row in own.tolist()])
+    head = standardized_head(model.head, labeled.features)
+    ones = torch.ones(model.head.out_features)
+    options = TrainOptions(args.batch_size, args.seed, ones)
+    probes = BlindProbes(head, labeled, folds, options)
+    hparams = HParams(HEAD_LR, 0.0, 0.0, head_epochs(len(own), args.batch_size))
+    runs = fit(probes, [Run(hparams, args.seed)] * FOLDS, [], options)
+    blind = probes.blind_logits()
+    temperature, _ = calibrate(blind, targets[own], ones[targets[own]])
+    probabilities = torch.empty(len(targets), blind.shape[1], dtype=torch.float64)
+    probabilities[own] = (blind.double() / temperature).softmax(1)
+    other = (~learned).nonzero()[:, 0]
+    if len(other):
+        averages = []
+        for run in runs:
+            head.load_state_dict(run.best.weights)
+            with torch.no_grad():
+                logits = torch.cat(
+                    [head(rows.to(model.device, torch.float32)) for rows in features[0, other].split(4096)]
+                )
+            averages.append(logits.cpu())
+        probabilities[other] = (average_views(averages) / temperature).softmax(1)
+    return probabilities
+
+
+def find_suspects(probabilities: torch.Tensor, targets: torch.Tensor, learned: torch.Tensor) -> list[int]:
+    """Return the numbers of the images that are probably labeled wrong, the most suspicious first.
+
+    An image is suspicious if another class is at least as probable as it is on average for the images that are labeled
+    with it (confident learning). They are ordered by how much more probable it is than their own class.
+    """
+    count = probabilities.shape[1]
+    given = probabilities.gather(1, targets[:, None])[:, 0]
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, targets[learned], given[learned])
+    thresholds = sums / targets[learned].bincount(minlength=count)
+    others = probabilities.clone().scatter_(1, targets[:, None], -1)
+    confident = (others >= thresholds).any(1) & (others.max(1).values > given)
+    margins = given - others.max(1).values
+    rows = confident.nonzero()[:, 0]
+    return rows[margins[rows].argsort(stable=True)].tolist()
+
+
+class Pair(NamedTuple):
+    """Two images that look alike."""
+
+    first: int
+    second: int
+    similarity: float  # cosine of their features, without the mean of all features
+
+
+def find_duplicates(
+    features: torch.Tensor, targets: torch.Tensor, splits: torch.Tensor, sha256: list[str]
+) -> list[Pair]:
+    """Return near-duplicates in different splits or classes, the most alike first; equal files are left out.
+
+    Takes features [N, D], and class and split indices [N]. A pair is a near-duplicate if its similarity stands out from
+    those of all images and their nearest neighbors: these, by Fisher's transformation nearly normal, are described by
+    median and median absolute deviation, and the threshold is exceeded by one of N normal numbers.
+    """
+    mean = torch.stack([rows.float().sum(0) for rows in features.split(4096)]).sum(0) / len(features)
+
+    def normalized(rows: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(rows.float() - mean)
+
+    contents = {digest: number for number, digest in enumerate(dict.fromkeys(sha256))}
+    content = torch.tensor([contents[digest] for digest in sha256])
+    nearest, candidates = torch.empty(len(features)), []
+    for rows in torch.arange(len(features)).split(1024):
+        similarities = torch.cat([normalized(features[rows]) @ normalized(part).T for part in features.split(8192)], 1)
+        similarities[content[rows, None] == content] = -1
+        nearest[rows] = similarities.max(1).values
+        similarities[(targets[rows, None] == targets) & (splits[rows, None] == splits)] = -1
+        values, columns = similarities.topk(min(5, len(features)), 1)
+        candidates += zip(
+            rows.repeat_interleave(values.shape[1]).tolist(), columns.flatten().tolist(), values.flatten().tolist()
+        )
+    scores = nearest.clamp(-0.999999, 0.999999).atanh()
+    median = scores.median()
+    deviation = 1.4826 * (scores - median).abs().median()
+    threshold = math.tanh(median + deviation * statistics.NormalDist().inv_cdf(1 - 1 / len(features)))
+    pairs = {(min(a, b), max(a, b)): value for a, b, value in candidates if value > threshold}
+    log(f"near-duplicates: similarity above {threshold:.4f}; that of nearest neighbors has median {median.tanh():.4f}")
+    return sorted((Pair(*ab, value) for ab, value in pairs.items()), key=lambda pair: -pair.similarity)
+
+
+def write_audit(
+    folder: Path,
+    classes: list[str],
+    paths: list[str],
+    splits: list[str],
+    targets: torch.Tensor,
+    probabilities: torch.Tensor,
+    suspects: list[int],
+) -> None:
+    """Write audit.csv, and draw the first of it in audit.png."""
+    rows, pictures = [], []
+    for number in suspects:
+        label, suggested = targets[number].item(), probabilities[number].argmax().item()
+        own, other = (round(probabilities[number, index].item(), 6) for index in (label, suggested))
+        rows.append((paths[number], splits[number], classes[label], classes[suggested], own, other))
+        if len(pictures) < SHOWN:
+            pictures.append(
+                ([paths[number]], f"{printable(classes[label])}\n-> {printable(classes[suggested])} {other:.1%}")
+            )
+    header = ("path", "split", "class", "suggested", "probability_of_class", "probability_of_suggested")
+    write_csv(folder / "audit.csv", header, rows)
+    draw_pictures(folder / "audit.png", pictures)
+
+
+def write_duplicates(
+    folder: Path, classes: list[str], paths: list[str], splits: list[str], targets: torch.Tensor, pairs: list[Pair]
+) -> None:
+    """Write duplicates.csv, and draw the first of it in duplicates.png."""
+    rows, pictures = [], []
+    for pair in pairs:
+        both = pair.first, pair.second
+        texts = [(paths[n], splits[n], classes[targets[n]]) for n in both]
+        rows.append((*chain.from_iterable(zip(*texts)), round(pair.similarity, 6)))
+        if len(pictures) < SHOWN:
+            title = "\n".join(f"{split}, {printable(name)}" for _, split, name in texts)
+            pictures.append(([paths[n] for n in both], title))
+    header = ("path", "other_path", "split", "other_split", "class", "other_class", "similarity")
+    write_csv(folder / "duplicates.csv", header, rows)
+    draw_pictures(folder / "duplicates.png", pictures)
+
+
+def draw_pictures(file: Path, pictures: list[tuple[list[str], str]]) -> None:
+    """Draw images, or pairs of them side by side, each with a title; without any, remove an earlier file."""
+    if not pictures:
+        file.unlink(missing_ok=True)
+        return
+    width, columns = len(pictures[0][0]), 6 // len(pictures[0][0])
+    rows = math.ceil(len(pictures) / columns)
+    figure = new_figure(12, 2.5 * rows)
+    cells = figure.subplots(rows, columns * width, squeeze=False).ravel()
+    for axes in cells:
+        axes.set_axis_off()
+    for number, (paths, title) in enumerate(pictures):
+        for axes, path in zip(cells[number * width :], paths):
+            image = read_image(path)
+            image.thumbnail((300, 300))
+            axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
+            axes.set_title(f"{printable(Path(path).name)[-22:]}\n{title}" if path == paths[0] else "", fontsize=8)
+    save_figure(file, figure)
 
 
 # ---------------------------------------------------------------- fine-tuning: the network on images
