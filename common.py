@@ -660,8 +660,8 @@ def read_known(image: tuple[str, str], size: int | None = None) -> Image.Image:
 def preprocess(images: Sequence[Image.Image], preprocessing: dict) -> torch.Tensor:
     """Turn RGB images into squares: uint8 [B, 3, s, s].
 
-    They are resized to s = `size`, unless all are squares with the same smaller side: then that is s, and `resize`
-    follows on the device of the network, with the same result.
+    They are resized to s = `size`, unless all are squares with the same side, not above `size`: then that is s, and
+    `resize` follows on the device of the network, with the same result.
     """
     parts = []
     for image in images:

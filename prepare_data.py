@@ -48,9 +48,9 @@ EUROSAT_URL = (
 EUROSAT_MD5 = "c8fa014336c82ac7804f0398fcb19387"
 REQUEST_FILE = ".prepared.json"  # in OUT: the request from which the tree was made
 # Formats that Pillow can read, some with a plug-in, but ImageFolder does not list.
-OTHER_FORMATS = (".avif", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpx", ".psd", ".tga")
+OTHER_FORMATS = (".avif", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpx", ".jxl", ".psd", ".tga")
 # Headings of --labels. With two columns, that of the class may have another name.
-PATH_HEADINGS = ("path", "file", "filename", "file_name", "image", "image_id", "id", "name")
+PATH_HEADINGS = ("path", "file", "filename", "file_name", "filepath", "image", "image_id", "image_path", "id", "name")
 CLASS_HEADINGS = ("class", "label", "category")
 # An archive may unpack to this many times its own size, and always to the minimum. Images hardly compress.
 UNPACK_RATIO, UNPACK_MINIMUM = 20, 1 << 30
@@ -97,8 +97,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     per_class_help = "a random sample of N images per class (and split, if it is given); with --synthetic, draw N"
     add("--per-class", type=positive_int, metavar="N", help=f"{per_class_help} (default: all; with --synthetic 100)")
     labels_help = (
-        "a CSV file with the columns path, class and perhaps split, in place of class folders; a path may lack its "
-        "first folders and its extension if it fits only one image"
+        "a CSV file with the columns path, class and perhaps split, in place of class folders; cat/1.jpg, or just 1, "
+        "also finds photos/cat/1.jpg, if no other image fits"
     )
     add("--labels", type=Path, metavar="FILE", help=labels_help)
     on_bad_help = (
@@ -180,10 +180,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 contents = draw_textures(staging / "files", args.per_class or 100, args.seed)
             else:
                 contents = list_folder(source) if source.is_dir() else unpack(source, staging / "files")
+            show_other_files(contents.others)
             found = label_images(contents, args.labels) if args.labels else find_classes(contents, source)
-            records, rejected = choose_records(args, check_images(found))
+            checked = check_images(found)
+            tree = read_splits_csv(out / "splits.csv") if args.update and (out / "splits.csv").is_file() else []
+            rejected = reject_records(args, checked, tree)
+            records = choose_records(args, checked, tree)
             if args.dry_run:
-                show_images(records, rejected)
+                show_images(records)
             elif not all(record.in_tree for record in records):
                 build_tree(records, rejected, request, args.link, staging)
                 replace_tree(staging, out, old)
@@ -192,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             shutil.rmtree(staging, ignore_errors=True)
     result |= summarize(records) | {"not_images": contents.others.total(), "rejected": len(rejected)}
     show_counts(result["counts"])
-    show_left_out(contents.others, rejected)
+    if rejected:
+        log(f"left out {len(rejected)} files, listed {'in rejected.csv' if result['changed'] else 'by --dry-run'}")
     print(json.dumps(result))
 
 
@@ -287,8 +292,8 @@ def read_splits_csv(path: Path) -> list[Record]:
                 parts, file_name = PurePosixPath(place).parts, f"{path.parent}/{place}"
                 if not parts or ".." in parts or not is_class_name(class_name) or split not in SPLITS or not sha256:
                     raise ValueError("not a row that this program writes")
-                group = row.get("group") or None
-                record = Record(place, file_name, class_name, parts[-1], split, sha256, in_tree=True, group=group)
+                record = Record(place, file_name, class_name, parts[-1], split, sha256, in_tree=True)
+                record.group = row.get("group")
                 records.append(record)
     except (KeyError, ValueError, csv.Error):
         columns = "path,class,split,sha256"
@@ -496,9 +501,9 @@ def draw_texture(rng: random.Random, dark: tuple, light: tuple, columns: int, ro
 def find_classes(contents: Contents, source: Path | None) -> list[Record]:
     """Return a record for each image. Its class is the first folder below those that contain most of the images.
 
-    If the folders at that level are train, val and test, they are the split, and the classes are one level below. An
-    image outside the class folders, an image whose name in the tree is taken, and a class folder without images get a
-    reason to be left out. Raises UserError for a source without images or with fewer than two classes.
+    If train/ is at that level and has class folders, the level is that of the split. An image outside the class folders
+    and a class folder without images get a reason to be left out. Raises UserError for a source without images, with
+    fewer than two classes, or with classes that are called like splits.
     """
     all_parts = [path.parts for path, _ in contents.images]
     if not all_parts:
@@ -506,22 +511,30 @@ def find_classes(contents: Contents, source: Path | None) -> list[Record]:
     level = 0
     while len(folders_at(level, all_parts)) == 1 and most_are_below(level + 1, all_parts):
         level += 1
-    is_split = "train" in folders_at(level, all_parts) <= set(SPLITS) and most_are_below(level + 1, all_parts)
+    is_split = any(len(parts) > level + 2 and parts[level] == "train" for parts in all_parts)
     level += is_split
     records = []
     for (path, file), parts in zip(contents.images, all_parts):
-        if len(parts) < level + 2:
-            records.append(Record(str(path), file, reason="not in a class folder"))
+        record = Record(str(path), file)
+        if is_split and parts[level - 1] not in SPLITS:
+            record.reason = "not in train, val or test"
+        elif len(parts) < level + 2:
+            record.reason = "not in a class folder"
         else:
-            split, name = parts[level - 1] if is_split else None, "__".join(parts[level + 1 :])
-            records.append(Record(str(path), file, parts[level], name, split))
+            record.split, record.class_name = parts[level - 1] if is_split else None, parts[level]
+            record.name = "__".join(parts[level + 1 :])
+        records.append(record)
     require_two_classes(records, f"{source}, where <class>/<image> is expected (or a list of classes, --labels)")
+    classes = {record.class_name for record in records}
+    if names := sorted(classes & {*SPLITS, "valid", "validation"}):
+        raise UserError(
+            f"{', '.join(names)} in {source} would be classes; expected train/<class>/<image>, val/ and test/"
+        )
     used = {parts[: level + 1] for parts in all_parts}
-    top = next(parts[: level - is_split] for parts in all_parts if len(parts) > level + 1)
+    parents = {parts[:level] for record, parts in zip(records, all_parts) if record.reason is None}
     for folder in sorted(contents.folders):
-        if len(folder.parts) == level + 1 and folder.parts not in used and folder.parts[: len(top)] == top:
+        if len(folder.parts) == level + 1 and folder.parts not in used and folder.parts[:level] in parents:
             records.append(Record(str(folder), "", reason="class folder without images"))
-    reject_taken_names(records)
     return records
 
 
@@ -543,14 +556,18 @@ def require_two_classes(records: list[Record], where: str) -> None:
         raise UserError(f"found {found} in {where}; a classifier needs two or more")
 
 
-def reject_taken_names(records: list[Record]) -> None:
-    """Give a reason to each record whose name in the tree is that of another one, also if only upper case differs."""
-    taken: dict[tuple, str] = {}
+def reject_taken_names(records: list[Record], keep_splits: bool) -> None:
+    """Give a reason to each record whose name in the tree is that of another one, also if only upper case differs.
+
+    Unless they keep the splits that they have, images of all splits need different names.
+    """
+    taken: dict[tuple, Record] = {}
     for record in records:
         if record.reason is None:
-            first = taken.setdefault((record.split, record.class_name.casefold(), record.name.casefold()), record.path)
-            if first != record.path:
-                record.reason = f"its name in the tree, {record.class_name}/{record.name}, is that of {first}"
+            key = record.split if keep_splits else None, record.class_name.casefold(), record.name.casefold()
+            first = taken.setdefault(key, record)
+            if first is not record:
+                record.reason = f"it would have the same name in the tree as {first.path}; rename one of them"
 
 
 def is_class_name(name: str) -> bool:
@@ -597,17 +614,18 @@ def label_images(contents: Contents, labels: Path) -> list[Record]:
             f"--labels {labels}: {len(repeated)} names are listed twice, or fit several images: {some(repeated)}; "
             "list each image once, with its folders if there are several of that name"
         )
-    names = collections.Counter((listed[str(p)][0], p.name.casefold()) for p, _ in contents.images if str(p) in listed)
+    if not listed:
+        example = f"the first name is {missing[0].path}, an image of the source is {next(iter(index.paths), 'missing')}"
+        raise UserError(f"--labels {labels}: none of its {len(missing)} names fits an image of the source: {example}")
     records = []
     for path, file in contents.images:
-        if str(path) in listed:
-            class_name, split = listed[str(path)]
-            name = path.name if names[class_name, path.name.casefold()] == 1 else "__".join(path.parts)
-            records.append(Record(str(path), file, class_name, name, split))
-        else:
-            records.append(Record(str(path), file, reason=f"not listed in {labels.name}"))
-    require_two_classes(records, f"the lines of {labels} whose path fits an image of the source")
-    reject_taken_names(records)
+        record = Record(str(path), file, reason=f"not listed in {labels.name}")
+        if record.path in listed:
+            record.class_name, record.split = listed[record.path]
+            parts = path.parts[2:] if path.parts[0] in SPLITS and len(path.parts) > 2 else path.parts  # of a tree
+            record.name, record.reason = "__".join(parts), None
+        records.append(record)
+    require_two_classes(records, f"the lines of {labels} that fit an image of the source")
     return records + missing
 
 
@@ -617,26 +635,34 @@ def read_labels(file: Path) -> list[tuple[str, str, str | None]]:
     Columns are separated by commas, semicolons or tabs. Without a heading they are path, class, and perhaps split.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")  # a spreadsheet program marks the beginning of the file
+        # A spreadsheet program marks the beginning of the file. File names, but not classes, may have any bytes.
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
         separator = max(",;\t", key=text.partition("\n")[0].count)
         table = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         rows = [[cell.strip() for cell in row] for row in table if "".join(row).strip()]
-    except (UnicodeDecodeError, csv.Error):
-        raise UserError(f"--labels {file} is not a CSV file in UTF-8; save it as such (CSV UTF-8)") from None
+    except csv.Error:
+        raise UserError(f"--labels {file} is not a CSV file") from None
     heading = [cell.casefold() for cell in rows[0]] if rows else []
+    while heading and not heading[-1]:  # an empty column on the right
+        heading.pop()
     path, label, split = (
         next((heading.index(name) for name in names if name in heading), None)
         for names in (PATH_HEADINGS, CLASS_HEADINGS, ("split",))
     )
-    if len(heading) == 2 and path is not None:
-        label = 1 - path
-    if path is None or label is None:  # there is no heading
+    if path is None or any(map(is_image_name, heading)):  # there is no heading
         path, label, split = 0, 1, 2
     else:
+        if len(heading) == 2:
+            label = 1 - path
+        if label is None:
+            wanted = ", ".join(CLASS_HEADINGS)
+            raise UserError(f"--labels {file}: which column has the classes? Give it one of the headings {wanted}")
         rows = rows[1:]
     result = []
     for row in rows:
         name, class_name, part = (row[i] if i is not None and i < len(row) else "" for i in (path, label, split))
+        if not class_name.isprintable():
+            raise UserError(f"--labels {file} is not a CSV file in UTF-8; save it as such (CSV UTF-8)")
         if class_name and not is_class_name(class_name):
             raise UserError(f"--labels {file}: class {class_name!r} of {name} cannot be the name of a folder")
         if part not in ("", *SPLITS):
@@ -678,30 +704,49 @@ def check_image(record: Record) -> Record:
 # ---------------------------------------------------------------- records -> splits
 
 
-def choose_records(args: argparse.Namespace, checked: list[Record]) -> tuple[list[Record], list[Record]]:
-    """Return the records of the new tree, each with its split, and those that are left out, each with its reason.
+def reject_records(args: argparse.Namespace, checked: list[Record], tree: list[Record]) -> list[Record]:
+    """Return the records that are left out, each with its reason; `tree` are those of the tree that is updated.
 
-    Raises UserError if there are any of these, unless --on-bad skip or --dry-run is given.
+    Raises UserError if there are any, unless --on-bad skip or --dry-run is given; the latter shows them.
     """
     reject_contradictions(checked)
     if args.group_by:
         set_groups(checked, args.group_by)
-    tree = read_splits_csv(args.out / "splits.csv") if args.update and (args.out / "splits.csv").is_file() else []
     reject_changes(checked, tree, args.out)
-    records = [record for record in checked if record.reason is None]
+    usable = [record for record in checked if record.reason is None]
+    reject_taken_names(usable, keep_splits=not args.splits and all(record.split for record in usable))
     rejected = [record for record in checked if record.reason is not None]
-    if rejected and args.on_bad == "fail" and not args.dry_run:
-        shown: dict[str, str] = {}  # of each content the first image, whose reason names the others
-        for record in rejected:
-            shown.setdefault(record.sha256 or record.path, f"{record.path} ({record.reason})")
+    first_class: dict[str, str] = {}  # of each content in two classes, because one side of a contradiction is enough
+    shown = [r for r in rejected if not r.sha256 or first_class.setdefault(r.sha256, r.class_name) == r.class_name]
+    texts = [f"{some(r.path for r in group)} ({reason})" for reason, group in group_by(shown, "reason").items()]
+    if args.dry_run:
+        for text in texts:
+            log(f"left out: {text}", stamp=False)
+    elif rejected and args.on_bad == "fail":
         advice = "repair or remove them, or leave them out with --on-bad skip"
-        raise UserError(f"problems with {len(rejected)} images: {some(shown.values(), 20)}; {advice}")
+        raise UserError(f"problems with {len(rejected)} files: {some(texts, 20)}; {advice}")
+    return rejected
+
+
+def choose_records(args: argparse.Namespace, checked: list[Record], tree: list[Record]) -> list[Record]:
+    """Return the records of the new tree, each with its split."""
+    records = [record for record in checked if record.reason is None]
+    if len(records) < len(checked):
+        require_two_classes(records, "the images that are not left out")
+        if lost := sorted({record.class_name for record in checked} - {record.class_name for record in records} - {""}):
+            log(f"warning: all images of these classes are left out: {', '.join(lost)}")
     if args.splits:
         assign_listed_splits(checked, args.splits)
     if args.per_class and not args.synthetic:
         records = sample(records, args.per_class, args.seed)
     if tree:
-        records = merge(tree, records)
+        found = {record.sha256 for record in checked}
+        gone = sum(row.sha256 not in found for row in tree)
+        known = {row.sha256 for row in tree}
+        records = [record for record in records if record.sha256 not in known]
+        message = f"{len(tree)} images are in the tree, {len(records)} images of the source are new"
+        log(message + (f"; {gone} are no longer in the source, and are kept" if gone else ""))
+        records = tree + records
     if any(record.split is None for record in records) or not args.splits:
         assign_splits(records, args.val, args.test, args.seed)
     if not any(record.split == "train" for record in records):
@@ -712,7 +757,7 @@ def choose_records(args: argparse.Namespace, checked: list[Record]) -> tuple[lis
     warn_of_leaks("images", contents)
     if args.group_by:
         warn_of_leaks("groups", group_by(records, "group").values())
-    return records, rejected
+    return records
 
 
 def warn_of_leaks(what: str, groups: Iterable[list[Record]]) -> None:
@@ -744,10 +789,12 @@ def reject_changes(records: list[Record], tree: list[Record], out: Path) -> None
     known = {row.sha256: row for row in tree}
     taken = {(row.class_name.casefold(), row.name.casefold()) for row in tree}
     for record in records:
-        if record.reason is None and (row := known.get(record.sha256)):
-            if row.class_name != record.class_name:
-                record.reason = f"in {out} its class is {row.class_name}; make the tree again with --force"
-        elif record.reason is None and (record.class_name.casefold(), record.name.casefold()) in taken:
+        if record.reason is not None:
+            continue
+        row = known.get(record.sha256)
+        if row and row.class_name != record.class_name:
+            record.reason = f"in {out} its class is {row.class_name}; make the tree again with --force"
+        elif not row and (record.class_name.casefold(), record.name.casefold()) in taken:
             record.reason = f"{out} has another image of this name; rename it, or make the tree again with --force"
 
 
@@ -776,16 +823,20 @@ def assign_listed_splits(records: list[Record], splits: Path) -> None:
         record.split = None  # the list replaces a split of the source
     if splits.is_file():
         unassigned = group_by(records, "sha256")
+        left_out = {(record.class_name, record.name) for record in records if not record.sha256}
         for row in read_splits_csv(splits):
             if group := unassigned.get(row.sha256):
                 record = next((record for record in group if record.name == row.name), group[0])
                 record.split = row.split
                 group.remove(record)
-            else:
+            elif (row.class_name, row.name) not in left_out:
                 missing.append(row.path)
     else:
         by_path = {record.path: record for record in records}
         index = PathIndex(by_path)
+        for record in records:  # the class may not be the folder above the image
+            found = index.by_end[f"{record.class_name}/{PurePosixPath(record.path).name}"]
+            found += [record.path] * (record.path not in found)
         for part, line in read_split_lists(splits):
             found = index.find("/".join(PurePosixPath(line).parts[-2:]))
             if not found:
@@ -817,20 +868,9 @@ def sample(records: list[Record], count: int, seed: int) -> list[Record]:
     return chosen
 
 
-def shuffled(hashes: Iterable[str], seed: int) -> list[str]:
+def shuffled(hashes: Iterable[str], seed: int | str) -> list[str]:
     """Return SHA-256 hashes in an order that depends only on them and the seed, not on names or order of the files."""
     return sorted(hashes, key=lambda sha256: hashlib.sha256(f"{seed}:{sha256}".encode()).digest())
-
-
-def merge(rows: list[Record], records: list[Record]) -> list[Record]:
-    """Return the images of the tree at OUT, and after them those of the source whose content is not in the tree."""
-    known = {row.sha256 for row in rows}
-    new = [record for record in records if record.sha256 not in known]
-    found = {record.sha256 for record in records}
-    gone = sum(row.sha256 not in found for row in rows)
-    message = f"{len(rows)} images are in the tree, {len(new)} images of the source are new"
-    log(message + (f"; {gone} are no longer in the source, and are kept" if gone else ""))
-    return rows + new
 
 
 def assign_splits(records: list[Record], val: float, test: float, seed: int) -> None:
@@ -861,18 +901,33 @@ def assign_splits(records: list[Record], val: float, test: float, seed: int) -> 
         if record.split in room:
             room[record.split][record.class_name] -= 1
     units = units_of(records)
+    with_groups = any(record.group is not None for record in records)
+    attempts = (distribute(units, room, sizes, f"{seed}/{n}" if n else str(seed)) for n in range(100 * with_groups + 1))
+    parts, _ = min(attempts, key=operator.itemgetter(1))
+    for sha256, unit in units.items():
+        for record in unit:
+            record.split = record.split or parts[sha256]
+    if with_groups:
+        report_groups(units, sizes, shares)
+
+
+def distribute(
+    units: dict[str, list[Record]], room: dict[str, dict[str, int]], sizes: dict[str, int], seed: str
+) -> tuple[dict[str, str], float]:
+    """Return the split of each unit, and how far the splits are from their shares, as a sum of fractions of classes.
+
+    `room` is what each split still lacks in each class, `sizes` are the images of each class. In a random order, each
+    unit goes to the first split that it brings nearer to its shares, or else to train.
+    """
+    room, parts = {part: dict(lacking) for part, lacking in room.items()}, {}
     for sha256 in shuffled(units, seed):
-        unit = units[sha256]
-        free = [record for record in unit if record.split is None]
-        counts = collections.Counter(record.class_name for record in free)
-        given = collections.Counter(record.split for record in unit if record.split)
+        counts = collections.Counter(record.class_name for record in units[sha256] if record.split is None)
+        given = collections.Counter(record.split for record in units[sha256] if record.split)
         part = given.most_common(1)[0][0] if given else pick_split(counts, room, sizes)
-        for record in free:
-            record.split = part
+        parts[sha256] = part
         for name in counts if part in room else ():
             room[part][name] -= counts[name]
-    if any(record.group for record in records):
-        report_groups(units, sizes, shares)
+    return parts, sum(abs(number) / sizes[name] for lacking in room.values() for name, number in lacking.items())
 
 
 def units_of(records: list[Record]) -> dict[str, list[Record]]:
@@ -897,10 +952,7 @@ def units_of(records: list[Record]) -> dict[str, list[Record]]:
 
 
 def pick_split(counts: dict[str, int], room: dict[str, dict[str, int]], sizes: dict[str, int]) -> str:
-    """Return the split for images of which `counts` are in each class: the first that they bring nearer to its shares.
-
-    `room` is what each split still lacks in each class, `sizes` are the images of each class.
-    """
+    """Return the first split that images, of which `counts` are in each class, bring nearer to its shares, or train."""
     for part, lacking in room.items():
         if sum((abs(lacking[name] - n) - abs(lacking[name])) / sizes[name] for name, n in counts.items()) < 0:
             return part
@@ -913,7 +965,7 @@ def report_groups(units: dict[str, list[Record]], sizes: dict[str, int], shares:
     Raises UserError if a class has no images for train.
     """
     total, largest = sum(sizes.values()), max(units.values(), key=len)
-    log(f"{len(units)} groups; the largest, {largest[0].group}, has {len(largest)} of {total} images")
+    log(f"{len(units)} groups; the largest, with {largest[0].group}, has {len(largest)} of {total} images")
     members = {part: collections.Counter() for part in SPLITS}
     for record in chain.from_iterable(units.values()):
         members[record.split][record.class_name] += 1
@@ -925,7 +977,7 @@ def report_groups(units: dict[str, list[Record]], sizes: dict[str, int], shares:
         if large := [unit[0].group for unit in units.values() if len(unit) > share * total > 0]:
             log(f"warning: groups that are larger than the share of {part}: {some(map(str, large))}")
         if share and not members[part]:
-            log(f"warning: no group is small enough for {part}: there is none; raise --{part}")
+            log(f"warning: {part} has no images, because every group is too large for it; raise --{part}")
     if absent := [name for name in sizes if not members["train"][name]]:
         raise UserError(f"no group is left for train in class {some(absent)}; lower --val and --test, or change --seed")
 
@@ -936,6 +988,8 @@ def report_groups(units: dict[str, list[Record]], sizes: dict[str, int], shares:
 def build_tree(records: list[Record], rejected: list[Record], request: dict, link: str, staging: Path) -> None:
     """Build the tree in `staging`: move unpacked files, link those of the old tree, copy or link those of a folder."""
     paths = [f"{record.split}/{record.class_name}/{record.name}" for record in records]
+    if doubled := [path for path, count in collections.Counter(paths).items() if count > 1]:
+        raise UserError(f"several images would have the same name in the tree: {some(doubled)}; rename them")
     for folder in {os.path.dirname(path) for path in paths}:
         (staging / folder).mkdir(parents=True)
     with Progress("build", len(records), every=10) as progress:
@@ -999,10 +1053,8 @@ def show_counts(counts: dict[str, dict[str, int]]) -> None:
     log("\n".join(lines), stamp=False)
 
 
-def show_images(records: list[Record], rejected: list[Record]) -> None:
-    """Show what is left out, and the sizes in pixels and modes of the new images, on stderr."""
-    for record in rejected:
-        log(f"left out: {record.path} ({record.reason})", stamp=False)
+def show_images(records: list[Record]) -> None:
+    """Show the sizes in pixels and modes of the new images on stderr."""
     sizes, modes = [], collections.Counter()
     for record in records:
         if not record.in_tree:
@@ -1016,16 +1068,15 @@ def show_images(records: list[Record], rejected: list[Record]) -> None:
         log("modes: " + ", ".join(f"{mode} {count}" for mode, count in modes.most_common()), stamp=False)
 
 
-def show_left_out(others: collections.Counter[str], rejected: list[Record]) -> None:
-    """Show on stderr how many files of the source are not in the tree, and what to do about it."""
-    for extension in OTHER_FORMATS:
-        if count := others[extension]:
-            command = f"magick mogrify -format jpg *{extension}"
-            log(f"left out {count} {extension} files: convert them to JPEG or PNG, with ImageMagick by: {command}")
-    if count := others.total() - sum(others[extension] for extension in OTHER_FORMATS):
+def show_other_files(others: collections.Counter[str]) -> None:
+    """Show on stderr how many files of the source are not images, and what to do about images of other formats."""
+    formats = {extension: others[extension] for extension in OTHER_FORMATS if others[extension]}
+    if formats:
+        names = ", ".join(f"{count} {extension}" for extension, count in formats.items())
+        example = f"with ImageMagick: magick mogrify -format jpg *{next(iter(formats))}"
+        log(f"left out files of other formats: {names}; convert them to JPEG or PNG, {example}")
+    if count := others.total() - sum(formats.values()):
         log(f"left out {count} files that do not have an image extension")
-    if rejected:
-        log(f"left out {len(rejected)} images or folders, listed in rejected.csv")
 
 
 if __name__ == "__main__":

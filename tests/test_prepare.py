@@ -264,17 +264,19 @@ def test_contradictions_can_be_left_out(prepare, source, tmp_path):
         shutil.copy(source / "red" / f"red {number % 20}.png", source / "blue" / f"sea {number:02}.png")
     args = ["--source", source, "--out", tmp_path / "out"]
     message = prepare(*args, code=2).error[0]
-    assert "problems with 45 images" in message and "blue/sea 01.png (also in red/red 1.png" in message
+    assert "problems with 45 files" in message and "blue/sea 01.png (also in" not in message  # with its copy 21
+    assert "blue/sea 00.png, blue/sea 20.png (also in red/red 0.png as red)" in message and message.count("sea") == 25
     for number in range(25):
         shutil.copy(source / "green" / f"green {number % 20}.png", source / "red" / f"grass {number:02}.png")
     message = prepare(*args, code=2).error[0]
-    assert "problems with 90 images" in message and message.count("(also in") == 20 and "and 20 more" in message
+    assert "problems with 90 files" in message and message.count("(also in") == 20 and "and 20 more" in message
     shutil.rmtree(source / "red")
     for number in (0, 1):
         shutil.copy(source / "green" / f"green {number}.png", source / "blue" / f"wood {number}.png")
     shutil.copy(source / "green" / "green 0.png", source / "green" / "again.png")
     dry = prepare(*args, "--dry-run")
     assert dry.json["rejected"] == 5 and "left out: blue/wood 0.png (also in green/again.png as green" in dry.err
+    assert "listed by --dry-run" in dry.err
     result = prepare(*args, "--on-bad", "skip").json
     assert (result["images"], result["rejected"]) == (20 + 25 + 20 + 3 - 5, 5)
     reasons = rejected(tmp_path / "out")
@@ -301,14 +303,14 @@ def test_other_things_that_are_left_out(prepare, source, tmp_path, kind):
     expected = {"loose.png": "not in a class folder", "empty": "class folder without images"}
     args = ["--source", place, "--out", tmp_path / "out"]
     message = prepare(*args, code=2).error[0]
-    assert "problems with 4 images" in message
+    assert "problems with 4 files" in message
     assert all(f"{prefix}{path} ({reason})" in message for path, reason in expected.items())
     result = prepare(*args, "--on-bad", "skip")
     assert (result.json["images"], result.json["rejected"], result.json["not_images"]) == (61, 4, 1)
-    assert "left out 4 images or folders, listed in rejected.csv" in result.err
+    assert "left out 4 files, listed in rejected.csv" in result.err
     reasons = rejected(tmp_path / "out")
     assert reasons.items() >= {prefix + path: reason for path, reason in expected.items()}.items()
-    assert any("its name in the tree, red/a__b.png, is that of" in reason for reason in reasons.values())
+    assert any("it would have the same name in the tree as" in reason for reason in reasons.values())
     assert f"{prefix}blue/bad.jpg" in reasons and len(reasons) == 4
 
 
@@ -324,8 +326,61 @@ def test_other_formats_are_counted(prepare, source, tmp_path):
     for name in ("a.gif", "b.GIF", "c.heic", "d.txt", ".hidden.jpg"):
         (source / "red" / name).write_bytes(b"anything")
     log = prepare("--source", source, "--out", tmp_path / "out").err
-    assert "left out 2 .gif files: convert them" in log and "left out 1 .heic files: convert them" in log
+    assert "left out files of other formats: 2 .gif, 1 .heic; convert them to JPEG or PNG" in log
     assert "left out 2 files that do not have an image extension" in log
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"train/cat": 20, "train/dog": 20, "test": 60}, {"cat", "dog"}),  # test without labels, as from Kaggle
+        ({"train/cat": 6, "train/dog": 6, "test/cat": 3, "test/dog": 3, "docs": 1}, {"cat", "dog"}),
+        ({"a/b/train/cat": 6, "a/b/train/dog": 6, "a/b/train/dog/more": 3, "a": 1}, {"cat", "dog"}),
+        ({"train": 9, "test": 9}, "test, train in"),
+        ({"train": 9, "valid": 9}, "train, valid in"),
+        ({"train/cat": 9, "train/dog": 9, "valid/cat": 4}, {"cat", "dog"}),
+        ({".": 9}, "found no classes in"),
+    ],
+)
+def test_layouts_of_folders(prepare, tmp_path, files, expected):
+    for folder, count in files.items():
+        for number in range(count):
+            path = tmp_path / "source" / folder / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tile((9, 99, 9), f"{folder}{number}").save(path)
+    args = ["--source", tmp_path / "source", "--out", tmp_path / "out", "--on-bad", "skip"]
+    if isinstance(expected, str):
+        assert expected in prepare(*args, code=2).error[0]
+    else:
+        left_out = prepare(*args).json["rejected"]
+        assert {row["class"] for row in rows(tmp_path / "out")} == expected
+        assert left_out == sum(count for folder, count in files.items() if folder in ("test", "docs", "a", "valid/cat"))
+
+
+def test_classes_that_are_left_out_as_a_whole(prepare, source, tmp_path):
+    for path in (source / "red").iterdir():
+        path.write_bytes(b"no image")
+    args = ["--source", source, "--out", tmp_path / "out", "--on-bad", "skip"]
+    assert "warning: all images of these classes are left out: red" in prepare(*args).err
+    shutil.rmtree(source / "green")
+    assert "found one class, blue, in the images that are not left out" in prepare(*args, "--force", code=2).error[0]
+    dry = prepare(*args[:4], "--group-by", "(nothing)", "--dry-run", code=2)
+    assert "left out: blue/blue 0.png, blue/blue 1.png" in dry.err and "does not match --group-by" in dry.err
+
+
+def test_no_two_images_get_the_same_name(prepare, tmp_path):
+    """A zip may have a path twice; and images of two splits of a source may meet in one."""
+    source = make_tree(tmp_path / "source", counts=(("train", 6), ("test", 6)))
+    with zipfile.ZipFile(pack(source / "train", tmp_path / "s.zip"), "a") as archive, pytest.warns(UserWarning):
+        archive.writestr("red/red 0.png", (source / "test" / "red" / "red 3.png").read_bytes())
+    args = ["--source", tmp_path / "s.zip", "--out", tmp_path / "out"]
+    assert "same name in the tree as red/red 0.png" in prepare(*args, code=2).error[0]
+    assert prepare(*args, "--on-bad", "skip").json["images"] == 18 == len(list((tmp_path / "out").glob("*/*/*.png")))
+    prepare("--source", source, "--out", tmp_path / "a", "--val", 0)
+    text = (tmp_path / "a" / "splits.csv").read_text().replace(",test,", ",train,")
+    (tmp_path / "splits.csv").write_text(text)
+    args = ["--source", source, "--splits", tmp_path / "splits.csv", "--out", tmp_path / "b"]
+    assert "same name in the tree as" in prepare(*args, code=2).error[0] and not (tmp_path / "b").exists()
 
 
 # ---------------------------------------------------------------- labels from a list
@@ -365,7 +420,7 @@ def test_labels(prepare, source, tmp_path, separator, heading, start, by):
     assert {(row["class"], row["sha256"], row["split"]) for row in rows(tmp_path / "out")} == {
         (row["class"], row["sha256"], row["split"]) for row in rows(tmp_path / "expected")
     }
-    assert (tmp_path / "out" / rows(tmp_path / "out")[0]["path"]).name in {Path(path).name for path in classes}
+    assert {Path(row["path"]).name.replace("__", "/") for row in rows(tmp_path / "out")} == set(classes)
     (tmp_path / "labels.csv").write_text("\n".join(lines[:-1]))
     assert "the list of --labels differs" in prepare(*args, code=2).error[0]
 
@@ -388,8 +443,8 @@ def test_labels_and_images_that_do_not_fit(prepare, source, tmp_path):
     lines = [f"{path},{name}" for path, name in classes.items()]
     (tmp_path / "labels.csv").write_text("\n".join([*lines[2:], "ghost.png,red", "part0/001.png,"]))
     message = prepare(*args, code=2).error[0]
-    assert "problems with 3 images" in message and "ghost.png (listed in labels.csv, but not in the source)" in message
-    assert "part0/001.png (not listed in labels.csv)" in message
+    assert "problems with 3 files" in message and "ghost.png (listed in labels.csv, but not in the source)" in message
+    assert "part0/000.png, part0/001.png (not listed in labels.csv)" in message
     assert prepare(*args, "--on-bad", "skip").json["images"] == 58
     assert sorted(rejected(tmp_path / "out")) == ["ghost.png", "part0/000.png", "part0/001.png"]
     for content, words in (
@@ -397,7 +452,8 @@ def test_labels_and_images_that_do_not_fit(prepare, source, tmp_path):
         ("\n".join([*lines[1:], lines[0].replace(",", ",../")]), "'../blue' of part0/000.png cannot be the name"),
         ("\n".join(f"{line},train" for line in lines[1:]) + f"\n{lines[0]},later", "split 'later' of part0/000.png"),
         ("path,class\n", "no lines with a path and a class"),
-        ("photo,kind\nx,y\n", "found no classes in the lines"),
+        ("photo,kind\nx,y\n", "none of its 2 names fits an image of the source: the first name is photo, an image"),
+        ("path,split,species,genus\n0.png,train,a,b\n", "which column has the classes?"),
         ("\n".join(f"{line.partition(',')[0]},one" for line in lines), "found one class, one,"),
     ):
         (tmp_path / "labels.csv").write_text(content)
@@ -421,6 +477,33 @@ def test_update_with_a_longer_list(prepare, source, tmp_path):
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     assert prepare(*args, "--update").json["images"] == 60
     assert split_by_content(tmp_path / "out").items() >= before.items()
+
+
+@pytest.mark.parametrize("line", ["0.png,name", "path,class,,"])
+def test_headings_and_lines_like_headings(prepare, tmp_path, line):
+    source = tmp_path / "source"
+    source.mkdir()
+    lines = [line]
+    for number in range(20):
+        tile((9, 99, 9), number).save(source / f"{number}.png")
+        lines.append(f"{number}.png,{'name' if number % 2 else 'id'}")
+    del lines[1 : 1 + line.startswith("0")]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    result = prepare("--source", source, "--labels", tmp_path / "labels.csv", "--out", tmp_path / "out").json
+    assert (result["images"], result["classes"]) == (20, 2)
+
+
+def test_lists_name_classes_in_place_of_folders(prepare, source, tmp_path):
+    """A line of train.txt may be <class>/<name>, also if the image is in a folder below that of the class."""
+    (source / "red" / "sub").mkdir()
+    (source / "red" / "red 0.png").rename(source / "red" / "sub" / "red 0.png")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    names = [f"{path.relative_to(source).parts[0]}/{path.name}" for path in source.rglob("*.png")]
+    for part, share in (("train", names[::2]), ("test", names[1::2])):
+        (lists / f"{part}.txt").write_text("\n".join(share))
+    prepare("--source", source, "--splits", lists, "--out", tmp_path / "out")
+    assert sum(row["split"] == "test" for row in rows(tmp_path / "out")) == 30
 
 
 # ---------------------------------------------------------------- groups
@@ -459,6 +542,7 @@ def test_groups_stay_together(prepare, tmp_path):
         for name in ("red", "blue"):
             total = sum(counts[part][name] for part in SPLITS)
             assert abs(counts["test"][name] - 0.2 * total) <= 6 and abs(counts["val"][name] - 0.1 * total) <= 6
+            assert abs(counts["test"][name] / total - 0.2) < 0.02 and abs(counts["val"][name] / total - 0.1) < 0.02
         assert "40 groups; the largest" in result.err and "test has" in result.err and "warning" not in result.err
         tested.append({group for group, splits in groups.items() if splits == {"test"}})
     assert len(set(map(frozenset, tested))) == 3
@@ -480,7 +564,7 @@ def test_groups_that_do_not_fit(prepare, tmp_path):
     args = ["--source", source, "--group-by", r"(p\d)_", "--out", tmp_path / "out"]
     assert "red/odd.png (its path does not match --group-by)" in prepare(*args, code=2).error[0]
     log = prepare(*args, "--on-bad", "skip").err
-    assert "larger than the share of val: p" in log and "no group is small enough for val" in log
+    assert "larger than the share of val: p" in log and "val has no images, because every group is too large" in log
     for pattern, words in (("(", "not a regular expression"), ("p", "one pair"), ("(p)(_)", "one pair")):
         assert words in prepare(*args[:2], "--group-by", pattern, "--out", tmp_path / "x", code=2).error[0]
 
