@@ -19,7 +19,7 @@ import zipfile
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SMALL, TINY, command, equal_tensors, load_pt, make_tree, names, read_csv, real, tile
+from conftest import ROOT, SMALL, TINY, command, equal_tensors, load_pt, make_tree, names, read_csv, real, stamps, tile
 from PIL import Image
 
 FIELDS = ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "seconds"]
@@ -808,6 +808,51 @@ def test_out_of_memory_suggests_a_batch_size(run, similar_tree, tmp_path, monkey
     args = ["--finetune", "all", "--batch-size", 48, *TINY]
     message = run("train", "--data", similar_tree, "--out", tmp_path / "out", *args, code=2).error[0]
     assert "--batch-size 24" in message and "48 images of 32 pixels" in message
+
+
+# ---------------------------------------------------------------- --audit
+
+
+def test_audit_finds_wrong_labels_and_near_duplicates(run, tree, tmp_path):
+    """Wrong labels come first, with the right class; near-duplicates are in other splits; the data stay as they are."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(tree, data)
+    wrong = {}
+    for split, name, number, other in (
+        ("train", "red", 3, "blue"),
+        ("train", "green", 5, "red"),
+        ("val", "blue", 2, "green"),
+    ):
+        path = data / split / other / f"wrong {number}.png"
+        (data / split / name / f"{name} {number}.png").rename(path)
+        wrong[str(path)] = (split, other, name)
+    copy = data / "test" / "red" / "copy.png"
+    image = Image.open(data / "train" / "red" / "red 7.png")
+    image.putpixel((3, 3), (0, 0, 0))
+    image.save(copy)
+    shutil.copy(data / "train" / "red" / "red 8.png", data / "test" / "red" / "equal.png")
+    before = stamps(data)
+    result = run("train", "--data", data, "--out", out, "--epochs", 5, "--audit", *SMALL)
+    rows = read_csv(out / "audit.csv")
+    found = {row["path"]: (row["split"], row["class"], row["suggested"]) for row in rows[:3]}
+    assert found == wrong and all(float(row["probability_of_suggested"]) > 0.5 for row in rows[:3])
+    margins = [float(row["probability_of_suggested"]) - float(row["probability_of_class"]) for row in rows]
+    assert margins == sorted(margins, reverse=True) and result.json["suspicious_labels"] == len(rows)
+    pairs = read_csv(out / "duplicates.csv")
+    assert (pairs[0]["path"], pairs[0]["other_path"]) == (str(data / "train/red/red 7.png"), str(copy))
+    assert (pairs[0]["split"], pairs[0]["other_split"]) == ("train", "test")
+    assert not [pair for pair in pairs if "equal.png" in pair["other_path"] and "red 8.png" in pair["path"]]
+    assert result.json["near_duplicates"] == len(pairs) < 10 and "the data are unchanged" in result.err
+    assert stamps(data) == before and {"audit.png", "duplicates.png", "model.pt"} <= set(names(out))
+    run("train", "--data", data, "--out", tmp_path / "plain", "--epochs", 5, *SMALL)
+    assert same_model(out, tmp_path / "plain")
+
+
+def test_audit_needs_no_val_or_test(run, tmp_path):
+    data = make_tree(tmp_path / "data", counts=(("train", 6),))
+    result = run("train", "--data", data, "--out", tmp_path / "out", "--epochs", 1, "--audit", *SMALL).json
+    assert (result["suspicious_labels"], result["near_duplicates"]) == (0, 0)
+    assert names(tmp_path / "out") == ["audit.csv", "duplicates.csv", *FILES]
 
 
 # ---------------------------------------------------------------- --only-if-better

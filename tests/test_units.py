@@ -807,3 +807,28 @@ def test_load_weights_converts_floats():
     model = nn.Linear(2, 3, device="meta")
     common.load_weights(model, {"weight": torch.ones(3, 2).half(), "bias": torch.ones(3).double()}, "arch", "w.pth")
     assert model.weight.dtype == model.bias.dtype == torch.float32 and model.weight.sum() == 6
+
+
+# ---------------------------------------------------------------- the audit
+
+
+def test_blind_classifiers_do_not_learn_from_their_own_fold():
+    """Random labels can be learned by heart, but not guessed."""
+    features, targets = random_tensor(1, 300, 400), torch.arange(300) % 3
+    folds = torch.arange(300) // 3 % train.FOLDS
+    head = train.standardized_head(nn.Linear(400, 3), features)
+    options = train.TrainOptions(32, 0, torch.ones(3))
+    labeled = train.LabeledFeatures(features, targets)
+    probes = train.BlindProbes(head, labeled, folds, options)
+    train.fit(probes, [train.Run(train.HParams(1e-2, 0.0, 0.0, 30), 0)] * train.FOLDS, [], options)
+    blind = (probes.blind_logits().argmax(1) == targets).float().mean()
+    probes.folds = (folds + 1) % train.FOLDS
+    assert blind < 0.5 and (probes.blind_logits().argmax(1) == targets).float().mean() == 1
+
+
+def test_suspects_are_ordered_by_the_margin():
+    """The thresholds are the mean probabilities of the own class, 0.45 and, of the only image to learn from, 0.8."""
+    probabilities = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.35, 0.65], [0.2, 0.8], [0.9, 0.1]]).double()
+    targets, learned = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([True, True, True, True, False])
+    suspects = train.find_suspects(probabilities, targets, learned)
+    assert suspects == [1, 4]  # 2 has only 0.65
