@@ -1037,7 +1037,15 @@ def plot_curves(path: Path, histories: list[History]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         title = "dot: best epoch" if several else None
-        axes.legend(title=title, fontsize=8, title_fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+        axes.legend(
+            title=title,
+            fontsize=8,
+            title_fontsize=8,
+            ncols=2,
+            handlelength=4,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.13),
+        )
     save_figure(path, figure)
 
 

@@ -61,7 +61,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     features_help = "save the network's output before its classifier for each image: a dict of paths, features [N, D], "
     features_help += "arch and preprocessing, for torch.load"
     add("--features", type=Path, metavar="FILE.pt", help=features_help)
-    add("--explain", action="store_true", help="in --plot, also show what supports each class (convolutional networks)")
+    add(
+        "--explain",
+        action="store_true",
+        help="in --plot, also show what supports the prediction (convolutional networks)",
+    )
     add = parser.add_argument_group("map of a large scene").add_argument
     add("--scene", type=Path, metavar="IMAGE", help=f"an image of at most {MAX_SCENE_PIXELS // 10**6} million pixels")
     add("--tile", type=positive_int, metavar="PIXELS", help="side of a tile (default: 64)")

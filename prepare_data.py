@@ -97,8 +97,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     per_class_help = "a random sample of N images per class (and split, if it is given); with --synthetic, draw N"
     add("--per-class", type=positive_int, metavar="N", help=f"{per_class_help} (default: all; with --synthetic 100)")
     labels_help = (
-        "a CSV file with the columns path, class and perhaps split, in place of class folders; cat/1.jpg, or just 1, "
-        "also finds photos/cat/1.jpg, if no other image fits"
+        "a CSV file with the columns path, class and perhaps split, in place of class folders; paths are relative to "
+        "the source, and may lack folders at the beginning and the extension where the name stays unique"
     )
     add("--labels", type=Path, metavar="FILE", help=labels_help)
     on_bad_help = (
@@ -197,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     result |= summarize(records) | {"not_images": contents.others.total(), "rejected": len(rejected)}
     show_counts(result["counts"])
     if rejected:
-        log(f"left out {len(rejected)} files, listed {'in rejected.csv' if result['changed'] else 'by --dry-run'}")
+        place = "in rejected.csv" if result["changed"] else "by --dry-run"
+        log(f"left out {len(rejected)} file{'s' * (len(rejected) > 1)}, listed {place}")
     print(json.dumps(result))
 
 
@@ -709,7 +710,7 @@ def reject_records(args: argparse.Namespace, checked: list[Record], tree: list[R
 
     Raises UserError if there are any, unless --on-bad skip or --dry-run is given; the latter shows them.
     """
-    reject_contradictions(checked)
+    reject_contradictions(checked, tree)
     if args.group_by:
         set_groups(checked, args.group_by)
     reject_changes(checked, tree, args.out)
@@ -723,8 +724,8 @@ def reject_records(args: argparse.Namespace, checked: list[Record], tree: list[R
         for text in texts:
             log(f"left out: {text}", stamp=False)
     elif rejected and args.on_bad == "fail":
-        advice = "repair or remove them, or leave them out with --on-bad skip"
-        raise UserError(f"problems with {len(rejected)} files: {some(texts, 20)}; {advice}")
+        advice = "correct that, or leave them out with --on-bad skip"
+        raise UserError(f"problems with {len(rejected)} file{'s' * (len(rejected) > 1)}: {some(texts, 20)}; {advice}")
     return rejected
 
 
@@ -766,12 +767,13 @@ def warn_of_leaks(what: str, groups: Iterable[list[Record]]) -> None:
         log(f"warning: {leaked} {what} are in more than one split, so the measured accuracy will be too high")
 
 
-def reject_contradictions(records: list[Record]) -> None:
-    """Give a reason to all images whose content is also in another class."""
+def reject_contradictions(records: list[Record], tree: list[Record]) -> None:
+    """Give a reason to all images whose content is also in another class, except those that are in the tree already."""
+    settled = {(row.sha256, row.class_name) for row in tree}
     for group in group_by((record for record in records if record.reason is None), "sha256").values():
         for record in group:
             others = [other for other in group if other.class_name != record.class_name]
-            if others:
+            if others and (record.sha256, record.class_name) not in settled:
                 record.reason = "also in " + some((f"{other.path} as {other.class_name}" for other in others), 3)
 
 
@@ -962,7 +964,7 @@ def pick_split(counts: dict[str, int], room: dict[str, dict[str, int]], sizes: d
 def report_groups(units: dict[str, list[Record]], sizes: dict[str, int], shares: dict[str, float]) -> None:
     """Log how near to the shares the splits are, and which groups are too large for a split.
 
-    Raises UserError if a class has no images for train.
+    Raises UserError if a class has no images for train, or a split has no images.
     """
     total, largest = sum(sizes.values()), max(units.values(), key=len)
     log(f"{len(units)} groups; the largest, with {largest[0].group}, has {len(largest)} of {total} images")
@@ -977,7 +979,7 @@ def report_groups(units: dict[str, list[Record]], sizes: dict[str, int], shares:
         if large := [unit[0].group for unit in units.values() if len(unit) > share * total > 0]:
             log(f"warning: groups that are larger than the share of {part}: {some(map(str, large))}")
         if share and not members[part]:
-            log(f"warning: {part} has no images, because every group is too large for it; raise --{part}")
+            raise UserError(f"every group is too large for {part}: raise --{part}, or leave it out with --{part} 0")
     if absent := [name for name in sizes if not members["train"][name]]:
         raise UserError(f"no group is left for train in class {some(absent)}; lower --val and --test, or change --seed")
 

@@ -1,7 +1,7 @@
 """Train an image classifier by transfer learning: a pre-trained, frozen network with a new classifier for your classes.
 
 Reads DATA/train/<class>/*, and DATA/val and DATA/test if they exist; writes OUT/model.pt, OUT/last.pt and
-OUT/history.csv. The frozen network runs once over each view of each image; AdamW then trains the classifier on the
+OUT/history.csv. The frozen network runs once over each view of each image; Adam then trains the classifier on the
 cached features. With --finetune the network is trained too, starting from that classifier, and a mixture of the weights
 before and after it is saved. Val decides which epoch and which mixture; test is only reported. The last line on stdout
 is one JSON object.
@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, combinations, islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -1167,7 +1167,7 @@ def plot_tuning(path: Path, rows: list[dict], winner: dict) -> None:
 # ---------------------------------------------------------------- a look at the data
 
 FOLDS = 5  # classifiers of the audit, each of which is not trained on its fold of the images
-SHOWN = 24  # images in audit.png, and pairs in duplicates.png
+SHOWN = 24  # images in audit.png and duplicates.png
 
 
 class BlindProbes(LinearProbes):
@@ -1213,16 +1213,18 @@ def audit(model: InferenceModel, dataset: Dataset, cache: FeatureCache, args: ar
     features, targets = torch.cat(features, 1), torch.cat([split.targets for split in dataset.splits.values()])
     learned = torch.tensor([name != "test" for name in names])
     probabilities = judge_images(model, features, targets, sha256, learned, args)
-    suspects = find_suspects(probabilities, targets, learned)
+    suspects, suspicious = find_suspects(probabilities, targets, learned)
     pairs = find_duplicates(features[0], targets, torch.tensor([splits.index(name) for name in names]), sha256)
-    write_audit(args.out, dataset.classes, paths, names, targets, probabilities, suspects)
-    write_duplicates(args.out, dataset.classes, paths, names, targets, pairs)
+    images = [AuditedImage(*values) for values in zip(paths, names, targets.tolist())]
+    report = AuditReport(args.data, args.out, dataset.classes, images)
+    report.write_suspects(suspects, suspicious, probabilities)
+    report.write_duplicates(pairs)
     log(
-        f"audit: {len(suspects)} of {len(paths)} labels are suspicious ({args.out / 'audit.csv'}), and {len(pairs)} "
+        f"audit: {suspicious.sum()} of {len(paths)} labels are suspicious ({args.out / 'audit.csv'}), and {len(pairs)} "
         f"pairs of near-duplicates are in different splits or classes ({args.out / 'duplicates.csv'}); the data are "
         f"unchanged ({time.monotonic() - start:.1f} s)"
     )
-    return {"suspicious_labels": len(suspects), "near_duplicates": len(pairs)}
+    return {"suspicious_labels": suspicious.sum().item(), "near_duplicates": len(pairs)}
 
 
 def judge_images(
@@ -1264,21 +1266,23 @@ def judge_images(
     return probabilities
 
 
-def find_suspects(probabilities: torch.Tensor, targets: torch.Tensor, learned: torch.Tensor) -> list[int]:
-    """Return the numbers of the images that are probably labeled wrong, the most suspicious first.
+def find_suspects(
+    probabilities: torch.Tensor, targets: torch.Tensor, learned: torch.Tensor
+) -> tuple[list[int], torch.Tensor]:
+    """Return the images to which another class is suggested, the most suspicious first, and which are suspicious [N].
 
-    An image is suspicious if another class is at least as probable as it is on average for the images that are labeled
-    with it (confident learning). They are ordered by how much more probable it is than their own class.
+    An image is suspicious if the suggested class is at least as probable as it is on average for the images that are
+    labeled with it (confident learning). The order is by how much more probable it is than the image's own class.
     """
     count = probabilities.shape[1]
     given = probabilities.gather(1, targets[:, None])[:, 0]
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, targets[learned], given[learned])
     thresholds = sums / targets[learned].bincount(minlength=count)
-    others = probabilities.clone().scatter_(1, targets[:, None], -1)
-    confident = (others >= thresholds).any(1) & (others.max(1).values > given)
-    margins = given - others.max(1).values
-    rows = confident.nonzero()[:, 0]
-    return rows[margins[rows].argsort(stable=True)].tolist()
+    suggested = probabilities.max(1)
+    rows = (suggested.indices != targets).nonzero()[:, 0]
+    margins = suggested.values - given
+    suspicious = (suggested.indices != targets) & (suggested.values >= thresholds[suggested.indices])
+    return rows[margins[rows].argsort(descending=True, stable=True)].tolist(), suspicious
 
 
 class Pair(NamedTuple):
@@ -1295,93 +1299,113 @@ def find_duplicates(
     """Return near-duplicates in different splits or classes, the most alike first; equal files are left out.
 
     Takes features [N, D], and class and split indices [N]. A pair is a near-duplicate if its similarity stands out from
-    those of all images and their nearest neighbors: these, by Fisher's transformation nearly normal, are described by
-    median and median absolute deviation, and the threshold is exceeded by one of N normal numbers.
+    that of the images of both classes with their nearest neighbors. Fisher's transformation makes these similarities
+    nearly normal, with the mean and deviation of each class estimated by median and median absolute deviation; above
+    the threshold would be one of N normal numbers.
     """
     mean = torch.stack([rows.float().sum(0) for rows in features.split(4096)]).sum(0) / len(features)
-
-    def normalized(rows: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(rows.float() - mean)
-
+    vectors = torch.cat([torch.nn.functional.normalize(rows.float() - mean) for rows in features.split(4096)])
     contents = {digest: number for number, digest in enumerate(dict.fromkeys(sha256))}
     content = torch.tensor([contents[digest] for digest in sha256])
-    nearest, candidates = torch.empty(len(features)), []
-    for rows in torch.arange(len(features)).split(1024):
-        similarities = torch.cat([normalized(features[rows]) @ normalized(part).T for part in features.split(8192)], 1)
+    nearest, candidates = torch.empty(len(vectors)), []
+    for rows in torch.arange(len(vectors)).split(512):
+        similarities = vectors[rows] @ vectors.T
         similarities[content[rows, None] == content] = -1
         nearest[rows] = similarities.max(1).values
         similarities[(targets[rows, None] == targets) & (splits[rows, None] == splits)] = -1
-        values, columns = similarities.topk(min(5, len(features)), 1)
-        candidates += zip(
-            rows.repeat_interleave(values.shape[1]).tolist(), columns.flatten().tolist(), values.flatten().tolist()
-        )
+        candidates.append(similarities.max(1))  # of each image the best partner in another split or class
     scores = nearest.clamp(-0.999999, 0.999999).atanh()
-    median = scores.median()
-    deviation = 1.4826 * (scores - median).abs().median()
-    threshold = math.tanh(median + deviation * statistics.NormalDist().inv_cdf(1 - 1 / len(features)))
-    pairs = {(min(a, b), max(a, b)): value for a, b, value in candidates if value > threshold}
-    log(f"near-duplicates: similarity above {threshold:.4f}; that of nearest neighbors has median {median.tanh():.4f}")
-    return sorted((Pair(*ab, value) for ab, value in pairs.items()), key=lambda pair: -pair.similarity)
+    thresholds = torch.ones(int(targets.max()) + 1)
+    for label in targets.unique().tolist():
+        own = scores[targets == label]
+        deviation = 1.4826 * (own - own.median()).abs().median()
+        thresholds[label] = own.median() + deviation * statistics.NormalDist().inv_cdf(1 - 1 / len(vectors))
+    values, partners = (torch.cat(parts) for parts in zip(*candidates))
+    limits = torch.maximum(thresholds[targets], thresholds[targets[partners]]).tanh()
+    pairs = {}
+    for row in (values > limits).nonzero()[:, 0].tolist():
+        both = sorted((row, partners[row].item()))
+        pairs[tuple(both)] = Pair(*both, values[row].item())
+    return sorted(pairs.values(), key=lambda pair: -pair.similarity)
 
 
-def write_audit(
-    folder: Path,
-    classes: list[str],
-    paths: list[str],
-    splits: list[str],
-    targets: torch.Tensor,
-    probabilities: torch.Tensor,
-    suspects: list[int],
-) -> None:
-    """Write audit.csv, and draw the first of it in audit.png."""
-    rows, pictures = [], []
-    for number in suspects:
-        label, suggested = targets[number].item(), probabilities[number].argmax().item()
-        own, other = (round(probabilities[number, index].item(), 6) for index in (label, suggested))
-        rows.append((paths[number], splits[number], classes[label], classes[suggested], own, other))
-        if len(pictures) < SHOWN:
-            pictures.append(
-                ([paths[number]], f"{printable(classes[label])}\n-> {printable(classes[suggested])} {other:.1%}")
-            )
-    header = ("path", "split", "class", "suggested", "probability_of_class", "probability_of_suggested")
-    write_csv(folder / "audit.csv", header, rows)
-    draw_pictures(folder / "audit.png", pictures)
+class AuditedImage(NamedTuple):
+    """An image of the data set."""
+
+    path: str
+    split: str
+    target: int  # class index
 
 
-def write_duplicates(
-    folder: Path, classes: list[str], paths: list[str], splits: list[str], targets: torch.Tensor, pairs: list[Pair]
-) -> None:
-    """Write duplicates.csv, and draw the first of it in duplicates.png."""
-    rows, pictures = [], []
-    for pair in pairs:
-        both = pair.first, pair.second
-        texts = [(paths[n], splits[n], classes[targets[n]]) for n in both]
-        rows.append((*chain.from_iterable(zip(*texts)), round(pair.similarity, 6)))
-        if len(pictures) < SHOWN:
-            title = "\n".join(f"{split}, {printable(name)}" for _, split, name in texts)
-            pictures.append(([paths[n] for n in both], title))
-    header = ("path", "other_path", "split", "other_split", "class", "other_class", "similarity")
-    write_csv(folder / "duplicates.csv", header, rows)
-    draw_pictures(folder / "duplicates.png", pictures)
+@dataclass
+class AuditReport:
+    """The files of the audit in OUT. Paths in the CSV files are relative to DATA, as in splits.csv."""
+
+    data: Path
+    out: Path
+    classes: list[str]
+    images: list[AuditedImage]
+
+    def write_suspects(self, suspects: list[int], suspicious: torch.Tensor, probabilities: torch.Tensor) -> None:
+        """Write audit.csv, and draw its first images in audit.png."""
+        rows, pictures = [], []
+        for number in suspects:
+            path, split, label = self.images[number]
+            suggested = probabilities[number].argmax().item()
+            own, other = (round(probabilities[number, index].item(), 6) for index in (label, suggested))
+            names = self.classes[label], self.classes[suggested]
+            rows.append((self.relative(path), split, *names, own, other, int(suspicious[number])))
+            texts = [self.caption(number), f"suggested: {printable(self.classes[suggested])} {other:.1%}"]
+            pictures.append((path, "\n".join(texts)))
+        header = ("path", "split", "class", "suggested", "probability_of_class", "probability_of_suggested")
+        header = (*header, "suspicious")
+        write_csv(self.out / "audit.csv", header, rows)
+        draw_pictures(
+            self.out / "audit.png", pictures, f"{min(SHOWN, len(rows))} of {suspicious.sum()} suspicious labels"
+        )
+
+    def write_duplicates(self, pairs: list[Pair]) -> None:
+        """Write duplicates.csv, and draw its first pairs in duplicates.png."""
+        rows, pictures = [], []
+        for first, second, similarity in pairs:
+            (path, split, label), (other_path, other_split, other_label) = self.images[first], self.images[second]
+            names = self.classes[label], self.classes[other_label]
+            rows.append((*map(self.relative, (path, other_path)), split, other_split, *names, round(similarity, 6)))
+            pictures += [(path, self.caption(first)), (other_path, self.caption(second))]
+        header = ("path", "other_path", "split", "other_split", "class", "other_class", "similarity")
+        write_csv(self.out / "duplicates.csv", header, rows)
+        title = f"{min(SHOWN // 2, len(rows))} of {len(rows)} pairs of near-duplicates, side by side"
+        draw_pictures(self.out / "duplicates.png", pictures, title)
+
+    def relative(self, path: str) -> str:
+        """Return a path relative to DATA."""
+        return Path(path).relative_to(self.data).as_posix()
+
+    def caption(self, number: int) -> str:
+        """Return the name, the split and the class of an image as two lines."""
+        path, split, label = self.images[number]
+        return f"{printable(Path(path).name)[-24:]} ({split})\nclass: {printable(self.classes[label])}"
 
 
-def draw_pictures(file: Path, pictures: list[tuple[list[str], str]]) -> None:
-    """Draw images, or pairs of them side by side, each with a title; without any, remove an earlier file."""
+def draw_pictures(file: Path, pictures: list[tuple[str, str]], title: str) -> None:
+    """Draw the first images, each with its caption; without any, remove an earlier file."""
     if not pictures:
         file.unlink(missing_ok=True)
         return
-    width, columns = len(pictures[0][0]), 6 // len(pictures[0][0])
-    rows = math.ceil(len(pictures) / columns)
-    figure = new_figure(12, 2.5 * rows)
-    cells = figure.subplots(rows, columns * width, squeeze=False).ravel()
+    images = []
+    for path, _ in pictures[:SHOWN]:
+        images.append(read_image(path))
+        images[-1].thumbnail((300, 300))
+    columns = 6
+    rows, height = math.ceil(len(images) / columns), max(image.height / image.width for image in images)
+    figure = new_figure(2.1 * columns, (2 * min(height, 1.5) + 0.75) * rows + 0.4)
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in cells:
         axes.set_axis_off()
-    for number, (paths, title) in enumerate(pictures):
-        for axes, path in zip(cells[number * width :], paths):
-            image = read_image(path)
-            image.thumbnail((300, 300))
-            axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
-            axes.set_title(f"{printable(Path(path).name)[-22:]}\n{title}" if path == paths[0] else "", fontsize=8)
+    for axes, image, (_, caption) in zip(cells, images, pictures):
+        axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
+        axes.set_title(caption, fontsize=7)
+    figure.suptitle(title, fontsize=10)
     save_figure(file, figure)
 
 

@@ -338,7 +338,8 @@ def test_the_pass_stays_on_the_device(fake):
     _ = model.backbone
     with fake:
         move_to_fake_gpu(model)
-        logits = model.forward_views(torch.zeros(5, 3, 20, 20, dtype=torch.uint8), common.VIEWS["dihedral"])
+        pixels = torch.zeros(5, 3, 20, 20, dtype=torch.uint8)
+        logits = model.forward_head(model.forward_views(pixels, common.VIEWS["dihedral"]))
         assert logits.shape == (8, 5, 3) and logits.device == GPU
         features = model.forward_features(torch.zeros(130, 3, 32, 32, dtype=torch.uint8))
         assert features.shape == (130, 512) and features.device == GPU

@@ -563,8 +563,9 @@ def test_groups_that_do_not_fit(prepare, tmp_path):
     tile((1, 1, 1), "odd").save(source / "red" / "odd.png")
     args = ["--source", source, "--group-by", r"(p\d)_", "--out", tmp_path / "out"]
     assert "red/odd.png (its path does not match --group-by)" in prepare(*args, code=2).error[0]
-    log = prepare(*args, "--on-bad", "skip").err
-    assert "larger than the share of val: p" in log and "val has no images, because every group is too large" in log
+    result = prepare(*args, "--on-bad", "skip", code=2)
+    assert "larger than the share of val: p" in result.err and "every group is too large for val" in result.error[0]
+    assert prepare(*args, "--on-bad", "skip", "--val", 0.2).json["val"] == 10
     for pattern, words in (("(", "not a regular expression"), ("p", "one pair"), ("(p)(_)", "one pair")):
         assert words in prepare(*args[:2], "--group-by", pattern, "--out", tmp_path / "x", code=2).error[0]
 
@@ -743,6 +744,9 @@ def test_update_keeps_the_split_of_every_image(prepare, source, tmp_path):
     assert prepare(*args, "--update").json["changed"] is False
     for extra in (["--seed", 1], ["--val", 0.3], ["--splits", out / "splits.csv"]):
         assert "differ" in prepare(*args, "--update", *extra, code=2).error[0]
+    shutil.copy(source / "red" / "red 2.png", source / "blue" / "sea.png")
+    assert prepare(*args, "--update", "--on-bad", "skip", "--dry-run").json["rejected"] == 1  # the old image stays
+    (source / "blue" / "sea.png").unlink()
     tile((90, 0, 0), "edited").save(source / "red" / "red 1.png")
     assert "red 1.png" in prepare(*args, "--update", code=2).error[0]
     assert split_by_content(out) == after

@@ -830,5 +830,5 @@ def test_suspects_are_ordered_by_the_margin():
     """The thresholds are the mean probabilities of the own class, 0.45 and, of the only image to learn from, 0.8."""
     probabilities = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.35, 0.65], [0.2, 0.8], [0.9, 0.1]]).double()
     targets, learned = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([True, True, True, True, False])
-    suspects = train.find_suspects(probabilities, targets, learned)
-    assert suspects == [1, 4]  # 2 has only 0.65
+    suspects, suspicious = train.find_suspects(probabilities, targets, learned)
+    assert suspects == [1, 4, 2] and suspicious.tolist() == [False, True, False, False, True]  # 2 has only 0.65
