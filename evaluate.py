@@ -29,7 +29,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             predictions, timing = classify(candidate, images, device, args)
             metrics = compute_metrics(candidate, predictions, timing)
             metrics |= count_seen_images(candidate.checkpoint, images.hashes, predictions.correct)
-            if sentence := seen_images_sentence(metrics, images.split):
-                log(f"warning: {candidate.path}: {sentence}")
             models.append(EvaluatedModel(**vars(candidate), predictions=predictions, metrics=metrics))
         comparisons = compare_models(models)
         content = metrics_content(args, models, comparisons, histories, images)
@@ -175,6 +173,7 @@ class Candidate:
 class Images:
     """The images to classify, the same for all models."""
 
+    data: Path  # the tree
     split: str  # the name of their folder
     paths: list[str]
     labels: list[str]  # the true class of each image
@@ -296,7 +295,7 @@ def list_images(folder: Path, candidates: list[Candidate], allow_missing: bool, 
         log(f"warning: {note}")
     paths, labels = map(list, zip(*((path, label) for path, label in zip(paths, labels) if label in known)))
     hashes = hash_images(paths, workers)
-    return Images(folder.name, paths, labels, hashes, notes, hash_split(hashes, labels))
+    return Images(folder.parent, folder.name, paths, labels, hashes, notes, hash_split(hashes, labels))
 
 
 def hash_split(hashes: list[str], labels: list[str]) -> str:
@@ -729,25 +728,46 @@ def model_sections(model: EvaluatedModel, images: Images, folder: Path) -> list[
         plot_mistakes(folder / "mistakes.png", model, images.paths, shown)
     mistakes = f"The {len(shown)} most confident of {len(wrong):,} mistakes." if shown else "There are none."
     return [
-        accuracy_section(model, images.split, folder / "per_class.png"),
+        accuracy_section(model, folder / "per_class.png"),
         Section("Most frequent confusions", confusions, picture=folder / "confusion_matrix.png"),
         calibration_section(metrics, folder / "reliability.png"),
         Section("Confidence thresholds", thresholds, coverage_table),
+        Section("Is this a fair test?", fairness_sentences(model, images)),
         Section("Mistakes", [mistakes], picture=folder / "mistakes.png" if shown else None),
     ]
 
 
-def seen_images_sentence(metrics: dict[str, Any], split: str) -> str | None:
-    """Return a sentence on the images that train.py has used; None if there are none or SPLIT_NOTES says the same."""
-    n, trained, chosen = (metrics[key] for key in ("n", "seen_in_training", "seen_in_val"))
-    if "accuracy_unseen" not in metrics or (split, trained, chosen) in (("train", n, 0), ("val", 0, n)):
-        return None
-    unseen = metrics["accuracy_unseen"]
-    rest = "there are no others" if unseen.value is None else f"without these the accuracy is {unseen.text('.4f')}"
-    return f"The model was trained on {trained:,} of these {n:,} images, and its epoch chosen on {chosen:,}; {rest}."
+def fairness_sentences(model: EvaluatedModel, images: Images) -> list[str]:
+    """Return what is known about images that the model has used in training, and about near-duplicates of those."""
+    n, trained, chosen = (model.metrics[key] for key in ("n", "seen_in_training", "seen_in_val"))
+    sentences = [f"The model was trained on none of these {n:,} images."]
+    if "accuracy_unseen" in model.metrics:
+        unseen = model.metrics["accuracy_unseen"]
+        rest = "there are no others" if unseen.value is None else f"without these the accuracy is {unseen.text('.4f')}"
+        text = (
+            f"The model was trained on {trained:,} of these {n:,} images, and its epoch chosen on {chosen:,}; {rest}."
+        )
+        sentences = [text]
+    elif not len(model.checkpoint.train_hashes):
+        sentences = ["The model does not say which images it was trained on."]
+    file = model.path.with_name("duplicates.csv")
+    if not file.is_file():
+        return [*sentences, "Near-duplicates of training images were not looked for: train.py --audit does that."]
+    own, found = {os.path.relpath(path, images.data).replace(os.sep, "/") for path in images.paths}, {}
+    with open(file, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        for row in csv.DictReader(stream):
+            for path, other, split in (
+                (row.get("path"), row.get("other_path"), row.get("other_split")),
+                (row.get("other_path"), row.get("path"), row.get("split")),
+            ):
+                if path in own and split == "train":
+                    found.setdefault(path, other)
+    examples = ", ".join(f"{path} and {other}" for path, other in islice(found.items(), 3))
+    text = f"According to {file.name}, {len(found):,} of these images have a near-duplicate in train"
+    return [*sentences, f"{text}, such as {examples}." if found else f"{text}."]
 
 
-def accuracy_section(model: EvaluatedModel, split: str, picture: Path) -> Section:
+def accuracy_section(model: EvaluatedModel, picture: Path) -> Section:
     """Report the summary metrics, and precision, recall and F1 of each class."""
     metrics, per_class = model.metrics, model.metrics["per_class"]
     chosen, note = classes_to_show(model.predictions.confusion)
@@ -762,8 +782,6 @@ def accuracy_section(model: EvaluatedModel, split: str, picture: Path) -> Sectio
         *(f"The {label} is {metrics[key].text('.4f')}." for key, label in summary_labels(metrics).items()),
         f"F1 is lowest for {', '.join(lowest)}.",
     ]
-    if sentence := seen_images_sentence(metrics, split):
-        sentences.append(sentence)
     if len(model.views) > 1:
         sentences.append(f"Probabilities are averaged over {len(model.views)} views of each image.")
     table = [["class [95% interval]", *CLASS_METRICS.values(), "images"]]

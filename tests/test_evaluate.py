@@ -381,7 +381,7 @@ def test_images_that_the_model_has_seen(run, trained, tree, tmp_path):
         result = run("evaluate", *args, "--split", split)
         seen = {"seen_in_training": 60 * (split == "train"), "seen_in_val": 24 * (split == "val")}
         assert {key: result.json[key] for key in seen} == seen and result.json["accuracy_unseen"] is None
-        assert sentence not in result.err  # the note on the split says it already
+        assert sentence in result.err
     for split, folder, number in (("train", "test", 4), ("val", "test", 2), ("train", "val", 3)):
         for index in range(number):  # blue images among the green ones, so that the model is wrong
             shutil.copy(tree / split / "blue" / f"blue {index}.png", data / folder / "green" / f"{split} {index}.png")
@@ -399,13 +399,16 @@ def test_images_that_the_model_has_seen(run, trained, tree, tmp_path):
     )
     low, high = result.json["accuracy_unseen_ci95"]
     sentence += f"{accuracy:.4f} (95% interval {low:.4f} to {high:.4f})."
-    assert f"warning: {trained.model}: {sentence}" in result.err and f"\n{sentence}\n" in result.err
+    assert f"\nIs this a fair test?\n{sentence}\n" in result.err
     assert sentence in Page((out / "report.html").read_text()).text
     assert "trained on 3 of these 27 images, and its epoch chosen on 24; there are no others." in on_val.err
     none = short_hashes([])
     old = save_changed(trained, tmp_path / "old.pt", train_hashes=none, val_hashes=none)
     result = run("evaluate", "--checkpoint", old, *args[2:])
-    assert result.json["seen_in_training"] is result.json["seen_in_val"] is None and "warning" not in result.err
+    assert (
+        result.json["seen_in_training"] is result.json["seen_in_val"] is None
+        and "does not say which images" in result.err
+    )
 
 
 def test_ece_is_compared_with_its_level_by_chance(run, trained, hard_tree, tmp_path):
@@ -723,3 +726,24 @@ def test_wrong_features_in_the_cache_are_noticed(run, tree, tmp_path):
     message = run("evaluate", *args, code=2).error[0]
     assert str(cache) in message and "--no-cache" in message and not (tmp_path / "report" / "report.html").exists()
     run("evaluate", *args, "--no-cache")
+
+
+# ---------------------------------------------------------------- whether the test is fair
+
+
+def test_near_duplicates_are_in_the_report(run, tree, tmp_path):
+    """As far as train.py --audit has looked for them, and only those in train."""
+    out = tmp_path / "out"
+    run("train", "--data", tree, "--out", out, "--epochs", 1, *SMALL)
+    args = ["--checkpoint", out / "model.pt", "--data", tree, "--out", tmp_path / "report"]
+    before = run("evaluate", *args).err
+    assert "The model was trained on none of these 30 images." in before and "were not looked for" in before
+    header = "path,other_path,split,other_split,class,other_class,similarity\n"
+    pairs = "train/red/red 1.png,test/red/red 2.png,train,test,red,red,0.99\n"
+    pairs += "val/red/red 1.png,test/red/red 3.png,val,test,red,red,0.98\n"
+    (out / "duplicates.csv").write_text(header + pairs)
+    text = "According to duplicates.csv, 1 of these images have a near-duplicate in train"
+    assert f"{text}, such as test/red/red 2.png and train/red/red 1.png." in run("evaluate", *args).err
+    assert "Is this a fair test?" in (tmp_path / "report" / "report.html").read_text()
+    (out / "duplicates.csv").write_text(header)
+    assert "0 of these images have a near-duplicate in train." in run("evaluate", *args).err
