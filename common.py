@@ -1483,6 +1483,27 @@ def allocate_features(shape: tuple[int, ...], dtype: torch.dtype, folder: Path |
             os.unlink(file)  # the mapping lives as long as the tensor
 
 
+def relative_residuals(features: torch.Tensor, familiarity: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return which part of standardized features [N, D] is outside the main components of those of train: [N] in 0..1.
+
+    It is large for images unlike those of the training: the residual of ViM (Wang et al., CVPR 2022), divided by the
+    norm. `familiarity` is that of a checkpoint.
+    """
+    mean, scale, components = (familiarity[key] for key in ("mean", "scale", "components"))
+    parts = []
+    for rows in features.split(rows_per_chunk(features)):
+        standardized = (rows.cpu().float() - mean) * scale
+        residual = standardized - (standardized @ components) @ components.T
+        parts.append(residual.norm(dim=1) / standardized.norm(dim=1).clamp(min=1e-30))
+    return torch.cat(parts)
+
+
+def unfamiliarity(features: torch.Tensor, familiarity: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the share of val images with smaller residuals than those of features [N, D]: [N] in 0..1."""
+    residuals = familiarity["residuals"]
+    return torch.searchsorted(residuals, relative_residuals(features, familiarity)) / len(residuals)
+
+
 def rows_per_chunk(features: torch.Tensor) -> int:
     """Return how many rows of features [..., D] to process at a time: 64 MB of float32, at most 4096."""
     return max(1, min(4096, (16 << 20) // features.shape[-1]))
@@ -1657,6 +1678,9 @@ class Checkpoint(Network):
     metrics: dict
     args: dict  # how it was trained
     versions: dict  # with which libraries
+    # For `unfamiliarity`, from standardized features of train: mean and scale [D], components [D, K]; and the sorted
+    # `relative_residuals` of val [Q]. None for a checkpoint of an earlier version.
+    familiarity: dict[str, torch.Tensor] | None = None
 
 
 def read_torch_file(path: str | Path) -> dict:
@@ -1708,7 +1732,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} is not a checkpoint of train.py, but {what}")
     # Earlier versions did not write all fields.
     later = {"views": VIEWS["none"], "temperature_tta": content.get("temperature"), "args": {}, "versions": {}}
-    later |= {"train_hashes": short_hashes([]), "val_hashes": short_hashes([])}
+    later |= {"train_hashes": short_hashes([]), "val_hashes": short_hashes([]), "familiarity": None}
     content = later | content
     if wrong := invalid_fields(content):
         reason = f"missing or invalid {', '.join(wrong)}"
@@ -1733,6 +1757,16 @@ def invalid_fields(content: dict) -> list[str]:
 
     def are_hashes(value: Any) -> bool:
         return torch.is_tensor(value) and value.dtype == torch.uint8 and value.dim() == 2 and value.shape[1] == 8
+
+    def is_familiarity(value: Any) -> bool:
+        shapes = {"mean": 1, "scale": 1, "components": 2, "residuals": 1}
+        return value is None or (
+            isinstance(value, dict)
+            and all(torch.is_tensor(value.get(key)) and value[key].dim() == size for key, size in shapes.items())
+            and all(value[key].dtype == torch.float32 and value[key].isfinite().all() for key in shapes)
+            and len(value["mean"]) == len(value["scale"]) == len(value["components"])
+            and len(value["residuals"]) > 0
+        )
 
     def is_channels(value: Any, low: float) -> bool:
         return isinstance(value, list) and len(value) == 3 and all(is_number(number, low) for number in value)
@@ -1770,6 +1804,7 @@ def invalid_fields(content: dict) -> list[str]:
         and all(is_number(count, 0, kinds=(int,)) for count in measured.values()),
         "train_hashes": are_hashes(content.get("train_hashes")),
         "val_hashes": are_hashes(content.get("val_hashes")),
+        "familiarity": is_familiarity(content.get("familiarity")),
     }
     return [name for name, is_valid in valid.items() if not is_valid]
 
@@ -1784,6 +1819,13 @@ def checkpoint_views(checkpoint: Checkpoint, tta: bool) -> tuple[list[View], flo
             "only as it is: train with --augment flip or dihedral"
         )
     return checkpoint.views, checkpoint.temperature_tta
+
+
+def checkpoint_familiarity(checkpoint: Checkpoint, path: str | Path) -> dict[str, torch.Tensor]:
+    """Return what `unfamiliarity` needs. Raises UserError for a checkpoint of an earlier version, which lacks it."""
+    if checkpoint.familiarity is None:
+        raise UserError(f"--reject-unfamiliar: {path} was trained by an earlier version; train the model again")
+    return checkpoint.familiarity
 
 
 def checkpoint_precision(checkpoint: Checkpoint, precision: str) -> str:

@@ -39,8 +39,8 @@ from common import View
 from common import add_cache_options, add_hardware_options, are_among, atomic_write, checkpoint_precision
 from common import checkpoint_views, command, extract_features, fraction, hash_images, in_batches, library_versions
 from common import list_split, log, log_device, make_parser, new_figure, paired_difference, pick_device, pick_precision
-from common import printable, read_batches, read_checkpoint, read_image, read_known, rows_per_chunk, save_figure, wilson
-from common import write_csv
+from common import printable, read_batches, read_checkpoint, read_image, read_known, rows_per_chunk, save_figure
+from common import unfamiliarity, wilson, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -306,6 +306,8 @@ def hash_split(hashes: list[str], labels: list[str]) -> str:
 
 # ---------------------------------------------------------------- predictions
 
+# Shares for --reject-unfamiliar of predict.py, by the names in metrics.json of the shares of these images it rejects.
+UNFAMILIAR = {"unfamiliar_at_1_percent": 0.01, "unfamiliar_at_5_percent": 0.05}
 CHECKED_IMAGES = 64  # images whose features are always computed, to compare them with those in the cache
 MAX_ROUNDING = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # by which features may differ, relative to their norm
 
@@ -334,7 +336,7 @@ class EvaluatedModel(Candidate):
 def classify(
     candidate: Candidate, images: Images, device: torch.device, args: Namespace
 ) -> tuple[Predictions, dict[str, Any]]:
-    """Run a model on all images. Returns the predictions, and `ms_per_image` and `timing` as in metrics.json.
+    """Run a model on all images. Returns the predictions, and what metrics.json has on speed and unfamiliar images.
 
     What the feature cache knows is not computed again. Raises ImageError for the first image that cannot be read.
     """
@@ -352,8 +354,11 @@ def classify(
         results.append(model.log_probabilities(logits, (1, candidate.temperature)))
     timing = f"without reading, the fastest of the batches of {count} images; views per image: {len(views)}; "
     timing += f"{device}, {model.precision}"
-    predictions = make_predictions(targets, *(torch.cat(parts) for parts in zip(*results)))
-    return predictions, {"ms_per_image": len(views) * milliseconds, "timing": timing}
+    metrics = {"ms_per_image": len(views) * milliseconds, "timing": timing}
+    if checkpoint.familiarity:
+        scores = unfamiliarity(features[0], checkpoint.familiarity)
+        metrics |= {key: (scores > 1 - share).double().mean().item() for key, share in UNFAMILIAR.items()}
+    return make_predictions(targets, *(torch.cat(parts) for parts in zip(*results))), metrics
 
 
 def check_features(
@@ -722,6 +727,9 @@ def model_sections(model: EvaluatedModel, images: Images, folder: Path) -> list[
     thresholds = ["With --min-confidence P, predict.py names a class where the confidence is at least P."]
     advice = "Choose P from the table of --split val: the accuracy of a P chosen from this table is too optimistic."
     thresholds.append("Choose P from this table, which is that of val." if images.split == "val" else advice)
+    if "unfamiliar_at_1_percent" in metrics:
+        rejected = " and ".join(f"{metrics[key]:.2%} with SHARE {share}" for key, share in UNFAMILIAR.items())
+        thresholds.append(f"predict.py --reject-unfamiliar SHARE rejects {rejected} of these images.")
     wrong = (~predictions.correct).nonzero()[:, 0]
     shown = wrong[predictions.confidence[wrong].argsort(descending=True)[:20]].tolist()
     if shown:

@@ -25,10 +25,10 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from common import EXIT_SOME_UNREADABLE, TTA_HELP
 from common import Checkpoint, ImageBatch, InferenceModel, LazyModule, Progress, UserError, View
-from common import add_hardware_options, atomic_write, center_square, checkpoint_precision, checkpoint_views, command
-from common import crops_squares, csv_writer, find_images, fraction, in_batches, log, log_device, make_parser
-from common import new_figure, pick_device, positive_int, printable, read_batches, read_checkpoint, read_image
-from common import save_figure, write_csv, write_torch_file
+from common import add_hardware_options, atomic_write, center_square, checkpoint_familiarity, checkpoint_precision
+from common import checkpoint_views, command, crops_squares, csv_writer, find_images, fraction, in_batches, log
+from common import log_device, make_parser, new_figure, pick_device, positive_int, printable, read_batches
+from common import read_checkpoint, read_image, save_figure, unfamiliarity, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top-k", type=positive_int, default=1, help="report this many classes, the most probable first")
     least = f"answer {UNKNOWN} below this probability, which is to be chosen from the report of evaluate.py --split val"
     add("--min-confidence", type=fraction, default=0.0, metavar="P", help=least)
+    unfamiliar_help = (
+        f"also answer {UNKNOWN} for an image that is less like the training images than all but this share of "
+    )
+    unfamiliar_help += "val (default: 0.01). It recognizes images of another kind, but not every new class"
+    add("--reject-unfamiliar", type=fraction, nargs="?", const=0.01, metavar="SHARE", help=unfamiliar_help)
     add("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
     plot_help = f"draw images with their {BARS} best classes, {PAGE_COLUMNS * PAGE_ROWS} per page: FILE.png, FILE-2.png"
     add("--plot", type=Path, metavar="FILE.png", help=plot_help)
@@ -106,15 +111,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
     log_device(device, [model.dtype])
     views, temperature = checkpoint_views(checkpoint, args.tta)
-    classifier = Classifier(model, checkpoint.classes, views, temperature, args.workers, args.features is not None)
+    familiarity = None
+    if args.reject_unfamiliar is not None:
+        familiarity = checkpoint_familiarity(checkpoint, args.checkpoint)
+    rejection = Rejection(args.min_confidence, args.reject_unfamiliar)
+    classifier = Classifier(model, checkpoint.classes, views, temperature, familiarity, args.workers)
     if scene:
         args.out.mkdir(parents=True, exist_ok=True)
-        scene_map = map_scene(scene, classifier, args.tile, args.stride, args.min_confidence)
+        scene_map = map_scene(scene, classifier, args.tile, args.stride, rejection)
         print(json.dumps(write_map(args.out, args.scene, scene, scene_map)))
         return 0
-    pages = PredictionPages(args.plot, classifier, args.min_confidence, args.explain) if args.plot else None
+    pages = PredictionPages(args.plot, classifier, rejection, args.explain) if args.plot else None
     features = FeatureFile(args.features, checkpoint) if args.features else None
-    writer = RecordWriter(args.format, classifier.classes, args.min_confidence, args.top_k)
+    writer = RecordWriter(args.format, classifier.classes, rejection, args.top_k)
     return print_records(classifier.classify(paths), writer, pages, features)
 
 
@@ -150,13 +159,26 @@ class Prediction(NamedTuple):
     path: Any  # the file; for a tile of a scene its box (left, top, right, bottom)
     pixels: torch.Tensor | None = None  # as read by `read_batches`: uint8 [3, s, s]
     probabilities: torch.Tensor | None = None  # of each class, calibrated, float64 [C]
-    features: torch.Tensor | None = None  # before the classifier, float32 [D]; only with --features
+    features: torch.Tensor | None = None  # before the classifier, float32 [D]
+    unfamiliar: float | None = None  # see `unfamiliarity`; only with --reject-unfamiliar
     error: str | None = None  # why the image cannot be read
 
     def rank(self, classes: list[str], count: int) -> list[tuple[str, float]]:
         """Return the `count` most probable classes with their probabilities; ties are in the order of classes."""
         values, order = (part[:count].tolist() for part in self.probabilities.sort(descending=True, stable=True))
         return [(classes[index], probability) for index, probability in zip(order, values)]
+
+
+class Rejection(NamedTuple):
+    """When to answer UNKNOWN."""
+
+    min_confidence: float  # below this probability
+    unfamiliar_share: float | None  # for images that are less like those of train than all but this share of val
+
+    def applies(self, probability: float, unfamiliar: float | None) -> bool:
+        """Return whether to answer UNKNOWN."""
+        too_unfamiliar = unfamiliar is not None and unfamiliar > 1 - self.unfamiliar_share
+        return probability < self.min_confidence or too_unfamiliar
 
 
 class Classifier(NamedTuple):
@@ -166,8 +188,8 @@ class Classifier(NamedTuple):
     classes: list[str]  # in the order of the network's outputs
     views: Sequence[View]  # to average over
     temperature: float  # of that average
+    familiarity: dict[str, torch.Tensor] | None = None  # of the checkpoint; None: predictions are not checked for it
     workers: int | None = None  # threads that read images; None: the default
-    keep_features: bool = False  # whether the predictions have features
 
     def classify(self, paths: Iterable[Any], read: Callable = read_image) -> Iterator[list[Prediction]]:
         """Yield the predictions for batches of images, in order.
@@ -196,8 +218,9 @@ class Classifier(NamedTuple):
         """Return the predictions for a batch."""
         rows = iter(())
         if logits is not None:
-            probabilities = self.model.log_probabilities(logits, [self.temperature])[0].exp()
-            rows = zip(batch.pixels, probabilities, features.cpu() if self.keep_features else repeat(None))
+            probabilities, features = self.model.log_probabilities(logits, [self.temperature])[0].exp(), features.cpu()
+            unfamiliar = unfamiliarity(features, self.familiarity).tolist() if self.familiarity else repeat(None)
+            rows = zip(batch.pixels, probabilities, features, unfamiliar)
         return [
             Prediction(path, error=batch.errors[number].reason)
             if number in batch.errors
@@ -212,27 +235,31 @@ class Classifier(NamedTuple):
 class RecordWriter:
     """Print a record for each image on stdout, as "table", "csv" or "jsonl", with up to `top_k` classes."""
 
-    def __init__(self, record_format: str, classes: list[str], min_confidence: float, top_k: int) -> None:
+    def __init__(self, record_format: str, classes: list[str], rejection: Rejection, top_k: int) -> None:
         self.format, self.classes, self.top_k = record_format, classes, min(top_k, len(classes))
         self.width = max(len(printable(name)) for name in [*classes, UNKNOWN])
-        self.min_confidence, self.csv = min_confidence, csv_writer(sys.stdout)
+        self.rejection, self.csv = rejection, csv_writer(sys.stdout)
         if self.format == "csv":
             others = [f"{column}_{k}" for k in range(2, self.top_k + 1) for column in ("class", "probability")]
-            self.csv.writerow(["path", "class", "probability", *others, "error"])
+            unfamiliar = ["unfamiliar"] * (rejection.unfamiliar_share is not None)
+            self.csv.writerow(["path", "class", "probability", *others, *unfamiliar, "error"])
 
     def write(self, prediction: Prediction) -> None:
         """Print the record of an image."""
-        path, error, best = prediction.path, prediction.error, []
+        path, error, best, unfamiliar = prediction.path, prediction.error, [], {}
+        if self.rejection.unfamiliar_share is not None:
+            unfamiliar = {"unfamiliar": None if error else round(prediction.unfamiliar, 4)}
         if error is None:
             best = prediction.rank(self.classes, self.top_k)
-            if best[0][1] < self.min_confidence:
+            if self.rejection.applies(best[0][1], prediction.unfamiliar):
                 best = [(UNKNOWN, best[0][1]), *best][: self.top_k]
         if self.format == "csv":
             cells = [cell for name, p in best for cell in (name, round(p, 6))] or [""] * (2 * self.top_k)
-            self.csv.writerow([path, *cells, error])
+            self.csv.writerow([path, *cells, *unfamiliar.values(), error])
         elif self.format == "jsonl":
             first, *rest = [{"class": name, "probability": round(p, 6)} for name, p in best] or [{"error": error}]
-            print(json.dumps({"path": path, **first, **({"rest": rest} if best and self.top_k > 1 else {})}))
+            more = {"rest": rest} if best and self.top_k > 1 else {}
+            print(json.dumps({"path": path, **first, **more, **(unfamiliar if best else {})}))
         else:
             columns = "  ".join(f"{p:7.2%} {printable(name):<{self.width}}" for name, p in best)
             print(f"{columns}  {printable(path)}" if best else f"error:  {printable(path)} ({error})")
@@ -315,7 +342,7 @@ def grad_cam(model: InferenceModel, pixels: torch.Tensor, target: int) -> torch.
 class PredictionPages:
     """The pages of --plot, FILE.png, FILE-2.png, ..., with Grad-CAM maps if `explain` is set."""
 
-    def __init__(self, file: Path, classifier: Classifier, min_confidence: float, explain: bool) -> None:
+    def __init__(self, file: Path, classifier: Classifier, rejection: Rejection, explain: bool) -> None:
         if file.is_dir() or not file.parent.is_dir():
             raise UserError(f"--plot {file}: " + ("is a folder" if file.is_dir() else f"no such folder: {file.parent}"))
         if file.suffix.lower() != ".png":
@@ -323,7 +350,7 @@ class PredictionPages:
         if explain:  # a network without a feature map is refused before the first record
             size = classifier.model.preprocessing["size"]
             grad_cam(classifier.model, torch.zeros(3, size, size, dtype=torch.uint8), 0)
-        self.file, self.classifier, self.min_confidence, self.explain = file, classifier, min_confidence, explain
+        self.file, self.classifier, self.rejection, self.explain = file, classifier, rejection, explain
         self.page, self.pictures = 1, []  # the number of the page, and (prediction, thumbnail) of its images
 
     def add(self, prediction: Prediction) -> None:
@@ -355,7 +382,8 @@ class PredictionPages:
                 model = self.classifier.model
                 seen = center_square(image.size) if crops_squares(model.preprocessing) else (0, 0, *image.size)
                 draw_cam(middle[0], image.size, seen, grad_cam(model, prediction.pixels, target))
-            draw_bars(right, prediction.rank(self.classifier.classes, BARS), self.min_confidence)
+            best = prediction.rank(self.classifier.classes, BARS)
+            draw_bars(right, best, self.rejection.applies(best[0][1], prediction.unfamiliar))
         file = self.file if self.page == 1 else self.file.with_name(f"{self.file.stem}-{self.page}{self.file.suffix}")
         save_figure(file, figure)
         log(f"wrote {file}")
@@ -373,15 +401,15 @@ def draw_cam(axes: Any, image_size: tuple[int, int], seen: tuple[int, int, int, 
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
-def draw_bars(axes: Any, best: list[tuple[str, float]], min_confidence: float) -> None:
-    """Draw the most probable classes as bars, under the first one as title."""
+def draw_bars(axes: Any, best: list[tuple[str, float]], unknown: bool) -> None:
+    """Draw the most probable classes as bars, under the first one, or UNKNOWN, as title."""
     axes.set_axis_on()
     axes.barh(range(len(best)), [p for _, p in best], color=["#8cbde6"] + ["0.85"] * (len(best) - 1))
     labels = [f"{printable(name)}  {p:.1%}" for name, p in best]
     for position, label in enumerate(labels):
         axes.text(0.02, position, label, va="center", fontsize=8)
     axes.set(xlim=(0, 1), xticks=[], yticks=[], ylim=(BARS - 0.5, -0.5))
-    axes.set_title(labels[0] if best[0][1] >= min_confidence else UNKNOWN, fontsize=10, fontweight="bold")
+    axes.set_title(UNKNOWN if unknown else labels[0], fontsize=10, fontweight="bold")
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
@@ -475,19 +503,23 @@ def read_world_file(scene: Path) -> WorldFile | None:
     return WorldFile(*numbers)
 
 
-def map_scene(scene: Image.Image, classifier: Classifier, tile: int, stride: int, min_confidence: float) -> SceneMap:
-    """Classify the tiles of a scene, and average them over each cell of the map."""
+def map_scene(scene: Image.Image, classifier: Classifier, tile: int, stride: int, rejection: Rejection) -> SceneMap:
+    """Classify the tiles of a scene, and average them, and how unfamiliar they are, over each cell of the map."""
     rows, columns = (TileAxis(length, tile, stride) for length in (scene.height, scene.width))
-    tops, lefts, parts = rows.tile_starts(), columns.tile_starts(), []
+    tops, lefts, parts, unfamiliar = rows.tile_starts(), columns.tile_starts(), [], []
     boxes = ((left, top, left + tile, top + tile) for top in tops for left in lefts)
     with Progress("map", len(tops) * len(lefts), "tiles") as progress:
         for batch in classifier.classify(boxes, lambda box, _size: scene.crop(box)):
             parts.append(torch.stack([prediction.probabilities for prediction in batch]))
+            unfamiliar += [prediction.unfamiliar or 0.0 for prediction in batch]
             progress.update(len(batch))
-    tiles = torch.cat(parts).view(len(tops), len(lefts), -1)
+    tiles = torch.cat([torch.cat(parts), torch.tensor(unfamiliar).double()[:, None]], 1).view(len(tops), len(lefts), -1)
     cells = torch.einsum("rt,tuc,ku->rkc", rows.cell_weights(), tiles, columns.cell_weights())
-    probabilities, classes = cells.max(2)
-    classes[probabilities < min_confidence] = len(classifier.classes)
+    probabilities, classes = cells[..., :-1].max(2)
+    unknown = probabilities < rejection.min_confidence
+    if rejection.unfamiliar_share is not None:
+        unknown |= cells[..., -1] > 1 - rejection.unfamiliar_share
+    classes[unknown] = len(classifier.classes)
     areas = torch.outer(rows.cell_sizes(), columns.cell_sizes())
     areas = torch.bincount(classes.flatten(), areas.flatten(), len(classifier.classes) + 1)
     percent, names = (100 * areas / areas.sum()).tolist(), [*classifier.classes, UNKNOWN]

@@ -39,8 +39,8 @@ from common import extract_features, fraction, hash_images, hold_lock, initializ
 from common import library_versions, list_architectures, list_split, load_pretrained, log, log_device, make_parser
 from common import new_figure, non_negative_float, paired_difference, pick_precision, positive_float, positive_int
 from common import printable, process_group, read_batches, read_checkpoint, read_image, read_known, read_torch_file
-from common import resize, rows_per_chunk, save_figure, seed_number, short_hashes, to_device, update_weights
-from common import usable_memory, write_csv, write_torch_file
+from common import relative_residuals, resize, rows_per_chunk, save_figure, seed_number, short_hashes, to_device
+from common import update_weights, usable_memory, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,8 @@ else:
 
 IMBALANCE_RATIO = 5  # warn if the largest class has at least this many times as many images as the smallest
 CALIBRATION_SAMPLE = 1000  # at most this many val images are used to fit `temperature_tta`
+# For `fit_familiarity`: principal components, images from which they come, and residuals that are kept.
+COMPONENTS, COMPONENT_IMAGES, RESIDUALS = 64, 5000, 1000
 TRAIN_SAMPLE = 1000  # fine-tuning measures train_loss and train_acc on at most this many images
 TEST_EVERY = 5  # fine-tuning measures test in at least every fifth epoch
 HEAD_LR = 1e-3  # default learning rate of a classifier on a frozen network, also before fine-tuning
@@ -218,12 +220,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             del old_model  # to free memory
         suspects = audit(model, dataset, cache, args) if args.audit else {}
         train_model = train_linear_probe if args.finetune == "head" else finetune
-        runs, temperature_tta = train_model(model, dataset, cache, args, files, unfinished, deadline)
+        result = train_model(model, dataset, cache, args, files, unfinished, deadline)
         if incumbent:
             new = measure_on_val(model, dataset, dataset.classes, val, args)
         if RANK:
             return None  # the first process alone writes the files and the report
-        run = best_run(runs)
+        run = best_run(result.runs)
         row = run.best.row
         comparison = {}
         if incumbent:
@@ -233,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             comparison["val_loss_calibrated"] = run.best.calibrated_nll
         better = not comparison.get("kept_old")
         if better:
-            files.publish(checkpoint_content(model, dataset, run, temperature_tta, vars(args)), run, args.tune)
+            files.publish(checkpoint_content(model, dataset, run, result, vars(args)), run, args.tune)
         files.write_last({"finished": True})
     report = {
         "model": str(args.out / "model.pt"),
@@ -242,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "epochs": len(run.history),
         "best_epoch": row["epoch"],
         **{f"{split}_acc": row[f"{split}_acc"] for split in SPLITS},
-        **summarize_seeds(runs),
+        **summarize_seeds(result.runs),
         **({"tuned": asdict(run.hparams)} if args.tune else {}),
         **({"alpha": row["alpha"]} if "alpha" in row else {}),
         **comparison,
@@ -312,6 +314,15 @@ class Run:
     def from_dict(content: dict) -> Run:
         """Make the run that `to_dict` described."""
         return Run(**{**content, "hparams": HParams(**content["hparams"]), "best": Epoch(**content["best"])})
+
+
+@dataclass
+class TrainingResult:
+    """What training returns in the first process; the others get no runs. The best weights are in the model."""
+
+    runs: list[Run]  # one for each seed
+    temperature_tta: float = 1.0
+    familiarity: dict[str, torch.Tensor] | None = None  # see `Checkpoint`
 
 
 @dataclass
@@ -912,11 +923,10 @@ def train_linear_probe(
     files: RunFiles,
     unfinished: UnfinishedRun | None,
     deadline: float,
-) -> tuple[list[Run], float]:
-    """Train the classifier on the frozen network's features; return the run of each seed and the temperature for --tta.
+) -> TrainingResult:
+    """Train the classifier on the frozen network's features, and write the best one into the model.
 
-    With --tune the hyper-parameters are searched first. The best classifier is written into the model. Only the first
-    process trains; the others get no runs.
+    With --tune the hyper-parameters are searched first. Only the first process trains.
     """
     views = VIEWS[args.augment]
     sample = calibration_sample(dataset, views)
@@ -925,7 +935,7 @@ def train_linear_probe(
     requests += [FeatureRequest(sample, views)] if sample else []
     features = extract_features(model, requests, cache, args.out, args.workers)
     if RANK:
-        return [], 1.0  # one process is enough for a linear probe
+        return TrainingResult([])  # one process is enough for a linear probe
     sample_features = features.pop() if sample else None
     data = label_features(dataset, features, model.device)
     del features  # on a GPU, data are copies
@@ -955,7 +965,8 @@ def train_linear_probe(
     best = best_run(runs).best
     head.load_state_dict(best.weights)
     fold_standardization(head, model.head)
-    return runs, calibrate_views(model, sample_features, sample, options) if sample else best.temperature
+    temperature = calibrate_views(model, sample_features, sample, options) if sample else best.temperature
+    return TrainingResult(runs, temperature, fit_familiarity(data["train"].features, data.get("val")))
 
 
 def train_options(args: argparse.Namespace, dataset: Dataset, deadline: float) -> TrainOptions:
@@ -975,7 +986,29 @@ def calibration_sample(dataset: Dataset, views: Sequence[View]) -> Split | None:
     if "val" not in dataset.splits or len(views) == 1:
         return None
     val = dataset.splits["val"]
-    return val.select(range(0, len(val), math.ceil(len(val) / CALIBRATION_SAMPLE)))
+    return sample_evenly(val, CALIBRATION_SAMPLE)
+
+
+def sample_evenly(split: Split, count: int) -> Split:
+    """Return at most `count` images, evenly spread over the split."""
+    return split.select(range(0, len(split), math.ceil(len(split) / count)))
+
+
+def fit_familiarity(train: torch.Tensor, val: LabeledFeatures | None) -> dict[str, torch.Tensor]:
+    """Return what `unfamiliarity` needs, from features [views, N, D]; without val, its residuals are those of train."""
+    rows = train[0, :: math.ceil(train.shape[1] / COMPONENT_IMAGES)].cpu().float()
+    mean, variance = rows.mean(0), rows.var(0, correction=0)
+    scale = 1 / variance.clamp(min=(1e-4 * variance.mean()).item() + 1e-30).sqrt()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        count = min(COMPONENTS, *rows.shape)
+        _, _, components = torch.pca_lowrank((rows - mean) * scale, count, center=False)
+    familiarity = {"mean": mean, "scale": scale, "components": components.contiguous()}
+    reference = train if val is None else val.features
+    residuals = relative_residuals(reference[0], familiarity).sort().values
+    if len(residuals) > RESIDUALS:
+        residuals = residuals[torch.linspace(0, len(residuals) - 1, RESIDUALS).long()]
+    return {**familiarity, "residuals": residuals.clone()}
 
 
 def calibrate_views(model: InferenceModel, features: torch.Tensor, sample: Split, options: TrainOptions) -> float:
@@ -1431,10 +1464,10 @@ def finetune(
     files: RunFiles,
     unfinished: UnfinishedRun | None,
     deadline: float,
-) -> tuple[list[Run], float]:
-    """Train the classifier, then the network or its last stage with it; return the run and the temperature for --tta.
+) -> TrainingResult:
+    """Train the classifier, then the network or its last stage with it, and write the best weights into the model.
 
-    The best weights are written into the model. All processes take part.
+    All processes take part.
     """
     hparams = HParams(args.lr, args.weight_decay, args.label_smoothing, args.epochs)
     options, count = train_options(args, dataset, deadline), len(dataset.splits["train"])
@@ -1467,12 +1500,21 @@ def finetune(
     trained = learner.updated_model()
     fold_standardization(learner.network.head, trained.head)
     del learner, before  # to free memory
-    sample = calibration_sample(dataset, augmentation.views)
-    if not sample:
-        return [run], run.best.temperature
-    requests, no_cache = [FeatureRequest(sample, augmentation.views)], FeatureCache(None, {})
-    features = extract_features(trained, requests, no_cache, args.out, args.workers)
-    return [run], calibrate_views(trained, features[0], sample, options) if features else 1.0
+    samples = {
+        name: sample_evenly(split, CALIBRATION_SAMPLE) for name, split in dataset.splits.items() if name != "test"
+    }
+    requests = [FeatureRequest(sample, augmentation.views) for sample in samples.values()]
+    requests[0] = FeatureRequest(samples["train"], VIEWS["none"])
+    features = extract_features(trained, requests, FeatureCache(None, {}), args.out, args.workers)
+    if RANK:
+        return TrainingResult([run])
+    if "val" not in samples:
+        return TrainingResult([run], run.best.temperature, fit_familiarity(features[0], None))
+    temperature = run.best.temperature
+    if len(augmentation.views) > 1:
+        temperature = calibrate_views(trained, features[1], samples["val"], options)
+    val = LabeledFeatures(features[1], samples["val"].targets)
+    return TrainingResult([run], temperature, fit_familiarity(features[0], val))
 
 
 def interpolate(learner: FineTuner, before: dict[str, torch.Tensor], run: Run, options: TrainOptions) -> Run:
@@ -1882,7 +1924,7 @@ class RunFiles:
 
 
 def checkpoint_content(
-    model: InferenceModel, dataset: Dataset, run: Run, temperature_tta: float, arguments: dict
+    model: InferenceModel, dataset: Dataset, run: Run, result: TrainingResult, arguments: dict
 ) -> dict:
     """Return the content of model.pt: everything that evaluate.py and predict.py need."""
     network, best = model.network, run.best
@@ -1899,9 +1941,10 @@ def checkpoint_content(
         "classes": dataset.classes,
         "preprocessing": network.preprocessing,
         "temperature": best.temperature,
-        "temperature_tta": temperature_tta,
+        "temperature_tta": result.temperature_tta,
         "views": VIEWS[arguments["augment"]],
         "metrics": best.row,
+        "familiarity": result.familiarity,
         **hashes,
         "state_dict": network.model.cpu().state_dict(),
         "args": args,

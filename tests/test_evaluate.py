@@ -709,6 +709,7 @@ def test_features_are_not_computed_twice(run, tree, tmp_path):
     keys = ("accuracy", "loss", "ece", "brier", "macro_f1")
     assert [with_cache.json[key] for key in keys] == pytest.approx([without.json[key] for key in keys], abs=1e-6)
     assert with_cache.json["ms_per_image"] > 0
+    assert 0 <= with_cache.json["unfamiliar_at_1_percent"] <= with_cache.json["unfamiliar_at_5_percent"] < 0.5
 
 
 def test_wrong_features_in_the_cache_are_noticed(run, tree, tmp_path):

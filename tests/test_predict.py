@@ -578,3 +578,49 @@ def test_the_readmes_five_lines_load_a_checkpoint(trained, classify, tree, tmp_p
     probability, index = names["probabilities"].max(1)
     assert names["checkpoint"]["classes"][index] == row["class"]
     assert probability.item() == pytest.approx(float(row["probability"]), abs=1e-4)
+
+
+# ---------------------------------------------------------------- images of another kind
+
+
+def test_unfamiliar_images_are_rejected(classify, trained, tree, tmp_path):
+    """Photographs of something else are unknown; test images are rejected about as often as val images."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for number in range(6):
+        size = (32, 32)
+        Image.effect_mandelbrot(size, (-2 + number / 9, -1, 1, 1), 40 + number).convert("RGB").save(
+            folder / f"{number}.png"
+        )
+    args = ["--format", "jsonl", "--reject-unfamiliar"]
+    other = [json.loads(line) for line in classify(folder, *args).out.splitlines()]
+    assert [record["class"] for record in other] == ["unknown"] * 6 and {record["unfamiliar"] for record in other} == {
+        1.0
+    }
+    own = [json.loads(line) for line in classify(tree / "test", *args, "0.1").out.splitlines()]
+    rejected = [record for record in own if record["unfamiliar"] > 0.9]
+    assert [record for record in own if record["class"] == "unknown"] == rejected and len(rejected) <= 12
+    rows = list(
+        csv.DictReader(io.StringIO(classify(folder, "--format", "csv", "--reject-unfamiliar", "--top-k", 2).out))
+    )
+    assert list(rows[0]) == ["path", "class", "probability", "class_2", "probability_2", "unfamiliar", "error"]
+    assert rows[0]["class"] == "unknown" and rows[0]["class_2"] in COLORS
+    content = load_pt(trained.model)
+    del content["familiarity"]
+    torch.save(content, tmp_path / "old.pt")
+    message = classify(folder, "--reject-unfamiliar", model=tmp_path / "old.pt", code=2).error[0]
+    assert "old.pt" in message and "train the model again" in message
+    content["familiarity"] = {"mean": torch.zeros(3)}
+    torch.save(content, tmp_path / "wrong.pt")
+    assert "invalid familiarity" in classify(folder, model=tmp_path / "wrong.pt", code=2).error[0]
+
+
+def test_unfamiliar_tiles_of_a_scene_are_unknown(classify, tmp_path):
+    scene = Image.new("RGB", (96, 32))
+    for number, name in enumerate(("red", "blue")):
+        scene.paste(tile(COLORS[name], f"scene {name}"), (32 * number, 0))
+    scene.paste(Image.effect_mandelbrot((32, 32), (-2, -1, 1, 1), 40).convert("RGB"), (64, 0))
+    scene.save(tmp_path / "scene.png")
+    args = ["--scene", tmp_path / "scene.png", "--tile", 32, "--out", tmp_path / "map", "--reject-unfamiliar", 0.01]
+    classify(*args)
+    assert [row["class"] for row in read_csv(tmp_path / "map" / "map.csv")][2] == "unknown"
