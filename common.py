@@ -1499,9 +1499,9 @@ def relative_residuals(features: torch.Tensor, familiarity: dict[str, torch.Tens
 
 
 def unfamiliarity(features: torch.Tensor, familiarity: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the share of val images with smaller residuals than those of features [N, D]: [N] in 0..1."""
+    """Return the share of val images with smaller residuals than those of features [N, D]: float64 [N] in 0..1."""
     residuals = familiarity["residuals"]
-    return torch.searchsorted(residuals, relative_residuals(features, familiarity)) / len(residuals)
+    return torch.searchsorted(residuals, relative_residuals(features, familiarity)).double() / len(residuals)
 
 
 def rows_per_chunk(features: torch.Tensor) -> int:
@@ -1605,15 +1605,16 @@ class FeatureCache:
 
     def flush(self) -> None:
         """Write what is pending, and close the files that were read. After an error it warns and stops writing."""
-        for view, pending in self.pending.items() if self.writable else ():
+        pending, self.pending, self.known, self.flushed = self.pending, {}, {}, time.monotonic()
+        for view, parts in pending.items() if self.writable else ():
             try:
-                self.write_file(view, pending)
-                self.merge_small_files(view)
+                self.write_file(view, parts)
             except OSError as error:
                 log(f"warning: features are not remembered: {self.view_folder(view)}: {error.strerror}")
                 self.writable = False
                 break
-        self.pending, self.known, self.flushed = {}, {}, time.monotonic()
+            with contextlib.suppress(OSError):  # the small files are there still
+                self.merge_small_files(view)
 
     def write_file(self, view: View, parts: list[tuple[list[str], torch.Tensor]]) -> Path:
         """Write (hashes, rows) of a view to a new file, and return its path."""
@@ -1631,15 +1632,19 @@ class FeatureCache:
 
         Other runs that have read the old files, or join them at the same time, lose nothing.
         """
-        files = self.view_folder(view).glob(CACHE_FILES)
-        small = sorted(file for file in files if file.stat().st_size < FILE_BYTES)
-        if len(small) > MAX_SMALL_FILES:
-            parts = [(content["hashes"], content["features"]) for content in map(self.read_file, small) if content]
-            merged = self.write_file(view, parts)
-            del parts  # Windows cannot remove a file that is mapped
-            for file in small:
-                if file != merged:
-                    file.unlink(missing_ok=True)
+        small = []
+        for file in sorted(self.view_folder(view).glob(CACHE_FILES)):
+            with contextlib.suppress(FileNotFoundError):  # removed by another run
+                small += [file] * (file.stat().st_size < FILE_BYTES)
+        if len(small) <= MAX_SMALL_FILES:
+            return
+        contents = {file: content for file in small if (content := self.read_file(file))}
+        if len(contents) > 1:
+            merged = self.write_file(view, [(part["hashes"], part["features"]) for part in contents.values()])
+            files = contents.keys() - {merged}
+            del contents  # Windows cannot remove a file that is mapped
+            for file in files:
+                file.unlink(missing_ok=True)
 
     def prune(self) -> None:
         """Remove the files that were not used for longest until the cache is within its limit, and report its size."""

@@ -29,7 +29,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations, islice
+from itertools import chain, combinations, cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -372,22 +372,23 @@ def check_features(
     """
     split = request.split
     rows = random.sample(range(len(split)), min(len(split), max(CHECKED_IMAGES, 2 * model.batch_size)))
-    views = random.choices(range(len(request.views)), k=math.ceil(len(rows) / model.batch_size))
-    batches = list(in_batches(rows, model.batch_size))
+    count = max(math.ceil(len(rows) / model.batch_size), len(request.views))  # so that each view is checked
+    batches = list(in_batches(rows, math.ceil(len(rows) / count)))
     _, times = model.backbone, []  # the backbone is prepared outside the measured time
     items = ([(split.paths[row], split.sha256[row]) for row in batch] for batch in batches)
-    for view, batch, read in zip(views, batches, read_batches(items, model.preprocessing, workers, read_known)):
+    reader = read_batches(items, model.preprocessing, workers, read_known)
+    for view, batch, read in zip(cycle(range(len(request.views))), batches, reader):
         pixels = read.complete_pixels()
         start = time.perf_counter()
-        (computed,) = model.forward_views(pixels, [request.views[view]])
+        computed = model.forward_views(pixels, [request.views[view]])[0]
         model.fetch_logits(model.forward_head(computed))
         times.append(1000 * (time.perf_counter() - start) / len(pixels))
         expected = features[view, batch].float()
-        distance = (computed.cpu() - expected).norm() / expected.norm()
-        if not distance < MAX_ROUNDING[model.precision]:
+        distances = (computed.cpu() - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-6)
+        if cache.folder and not distances.max() < MAX_ROUNDING[model.precision]:
             raise UserError(
-                f"the features in {cache.folder} are not those of the images: they differ by {distance:.1%}, more "
-                "than rounding explains; remove that folder, or use --no-cache"
+                f"the features in {cache.folder} are not those of the images: they differ by {distances.max():.1%}, "
+                "more than rounding explains; remove that folder, or use --no-cache"
             )
     return min(times), len(rows)
 
@@ -771,8 +772,11 @@ def fairness_sentences(model: EvaluatedModel, images: Images) -> list[str]:
                 if path in own and split == "train":
                     found.setdefault(path, other)
     examples = ", ".join(f"{path} and {other}" for path, other in islice(found.items(), 3))
-    text = f"According to {file.name}, {len(found):,} of these images have a near-duplicate in train"
-    return [*sentences, f"{text}, such as {examples}." if found else f"{text}."]
+    text = f"{len(found):,} of these images have near-duplicates in train, by {file.name}"
+    none = (
+        f"{file.name}, which was made from {model.checkpoint.args.get('data')}, lists none of these images with train."
+    )
+    return [*sentences, f"{text}: {examples}{', ...' if len(found) > 3 else ''}." if found else none]
 
 
 def accuracy_section(model: EvaluatedModel, picture: Path) -> Section:

@@ -37,7 +37,7 @@ else:
 
 # ---------------------------------------------------------------- command line
 
-UNKNOWN = "unknown"  # the class of an image below --min-confidence
+UNKNOWN = "unknown"  # the answer where a Rejection applies
 PAGE_COLUMNS, PAGE_ROWS, BARS = 3, 6, 5  # pictures on a page of --plot, and classes shown for each
 MAX_SCENE_PIXELS = 400_000_000  # a pixel takes 4 bytes of memory, and 4 more if the file is not RGB
 
@@ -56,9 +56,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     least = f"answer {UNKNOWN} below this probability, which is to be chosen from the report of evaluate.py --split val"
     add("--min-confidence", type=fraction, default=0.0, metavar="P", help=least)
     unfamiliar_help = (
-        f"also answer {UNKNOWN} for an image that is less like the training images than all but this share of "
+        f"also answer {UNKNOWN} for images that are less like those of the training than 99 %% of val are, "
     )
-    unfamiliar_help += "val (default: 0.01). It recognizes images of another kind, but not every new class"
+    unfamiliar_help += "or all of val but this SHARE (put the option last, or give SHARE). It recognizes images of "
+    unfamiliar_help += "another kind; a new class that is similar to the others is often missed"
     add("--reject-unfamiliar", type=fraction, nargs="?", const=0.01, metavar="SHARE", help=unfamiliar_help)
     add("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
     plot_help = f"draw images with their {BARS} best classes, {PAGE_COLUMNS * PAGE_ROWS} per page: FILE.png, FILE-2.png"
@@ -269,8 +270,9 @@ class FeatureFile:
     """The file of --features: what the network computes for each image, before its classifier."""
 
     def __init__(self, file: Path, checkpoint: Checkpoint) -> None:
-        if not file.parent.is_dir():
-            raise UserError(f"--features {file}: no such folder: {file.parent}")
+        if file.is_dir() or not file.parent.is_dir():
+            problem = "is a folder" if file.is_dir() else f"no such folder: {file.parent}"
+            raise UserError(f"--features {file}: {problem}")
         self.file, self.checkpoint = file, checkpoint
         self.paths: list[str] = []
         self.rows: list[torch.Tensor] = []  # float32 [D] of each path

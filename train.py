@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from common import CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, MAX_IMAGE_SIZE, RANK, RUN_FORMAT, SPLITS, VIEWS
 from common import WORLD_SIZE
-from common import Checkpoint, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Network, Split, UserError, View
+from common import Checkpoint, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Network, Progress, Split
+from common import UserError, View
 from common import add_cache_options, add_hardware_options, all_gather_list, apply_view, are_among, average_views
 from common import broadcast_from_rank0, checkpoint_precision, class_folders, command, defer_signals, digest_of
 from common import extract_features, fraction, hash_images, hold_lock, initialize_classifier, is_out_of_memory
@@ -235,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             comparison["val_loss_calibrated"] = run.best.calibrated_nll
         better = not comparison.get("kept_old")
         if better:
-            files.publish(checkpoint_content(model, dataset, run, result, vars(args)), run, args.tune)
+            files.publish(checkpoint_content(model, dataset, run, result, vars(args)), run, args)
         files.write_last({"finished": True})
     report = {
         "model": str(args.out / "model.pt"),
@@ -995,7 +996,9 @@ def sample_evenly(split: Split, count: int) -> Split:
 
 
 def fit_familiarity(train: torch.Tensor, val: LabeledFeatures | None) -> dict[str, torch.Tensor]:
-    """Return what `unfamiliarity` needs, from features [views, N, D]; without val, its residuals are those of train."""
+    """Return what `unfamiliarity` needs, from features [views, N, D]; without val, half of train takes its place."""
+    reference = train[0, 1::2] if val is None else val.features[0]
+    train = train[:, ::2] if val is None else train
     rows = train[0, :: math.ceil(train.shape[1] / COMPONENT_IMAGES)].cpu().float()
     mean, variance = rows.mean(0), rows.var(0, correction=0)
     scale = 1 / variance.clamp(min=(1e-4 * variance.mean()).item() + 1e-30).sqrt()
@@ -1004,8 +1007,7 @@ def fit_familiarity(train: torch.Tensor, val: LabeledFeatures | None) -> dict[st
         count = min(COMPONENTS, *rows.shape)
         _, _, components = torch.pca_lowrank((rows - mean) * scale, count, center=False)
     familiarity = {"mean": mean, "scale": scale, "components": components.contiguous()}
-    reference = train if val is None else val.features
-    residuals = relative_residuals(reference[0], familiarity).sort().values
+    residuals = relative_residuals(reference, familiarity).sort().values
     if len(residuals) > RESIDUALS:
         residuals = residuals[torch.linspace(0, len(residuals) - 1, RESIDUALS).long()]
     return {**familiarity, "residuals": residuals.clone()}
@@ -1201,6 +1203,7 @@ def plot_tuning(path: Path, rows: list[dict], winner: dict) -> None:
 
 FOLDS = 5  # classifiers of the audit, each of which is not trained on its fold of the images
 SHOWN = 24  # images in audit.png and duplicates.png
+MIN_FOR_DEVIATION = 20  # images of a class from which mean and deviation are estimated
 
 
 class BlindProbes(LinearProbes):
@@ -1273,7 +1276,7 @@ def judge_images(
     Takes features [1, N, D] and whether an image may be learned from, bool [N]. Equal images are in the same fold.
     """
     own = learned.nonzero()[:, 0]
-    labeled = LabeledFeatures(features[:, own].to(model.device), targets[own].to(model.device))
+    labeled = LabeledFeatures(features[:, own], targets[own])
     folds = torch.tensor([int(sha256[row][:8], 16) % FOLDS for row in own.tolist()])
     head = standardized_head(model.head, labeled.features)
     ones = torch.ones(model.head.out_features)
@@ -1302,7 +1305,7 @@ def judge_images(
 def find_suspects(
     probabilities: torch.Tensor, targets: torch.Tensor, learned: torch.Tensor
 ) -> tuple[list[int], torch.Tensor]:
-    """Return the images to which another class is suggested, the most suspicious first, and which are suspicious [N].
+    """Return the images to which another class is suggested, in order, and which of all are suspicious, bool [N].
 
     An image is suspicious if the suggested class is at least as probable as it is on average for the images that are
     labeled with it (confident learning). The order is by how much more probable it is than the image's own class.
@@ -1310,11 +1313,13 @@ def find_suspects(
     count = probabilities.shape[1]
     given = probabilities.gather(1, targets[:, None])[:, 0]
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, targets[learned], given[learned])
-    thresholds = sums / targets[learned].bincount(minlength=count)
+    sizes = targets[learned].bincount(minlength=count)
+    thresholds = sums / sizes
     suggested = probabilities.max(1)
     rows = (suggested.indices != targets).nonzero()[:, 0]
     margins = suggested.values - given
     suspicious = (suggested.indices != targets) & (suggested.values >= thresholds[suggested.indices])
+    suspicious &= sizes[targets] >= FOLDS  # the classifiers know nothing about a class with fewer images
     return rows[margins[rows].argsort(descending=True, stable=True)].tolist(), suspicious
 
 
@@ -1329,34 +1334,38 @@ class Pair(NamedTuple):
 def find_duplicates(
     features: torch.Tensor, targets: torch.Tensor, splits: torch.Tensor, sha256: list[str]
 ) -> list[Pair]:
-    """Return near-duplicates in different splits or classes, the most alike first; equal files are left out.
+    """Return near-duplicates in different splits or classes, the most alike first; not equal files of one class.
 
     Takes features [N, D], and class and split indices [N]. A pair is a near-duplicate if its similarity stands out from
     that of the images of both classes with their nearest neighbors. Fisher's transformation makes these similarities
-    nearly normal, with the mean and deviation of each class estimated by median and median absolute deviation; above
-    the threshold would be one of N normal numbers.
+    nearly normal, with a mean and deviation of each class (of all, for classes of few images) that are estimated by
+    median and median absolute deviation; only one of N normal numbers would exceed the threshold.
     """
     mean = torch.stack([rows.float().sum(0) for rows in features.split(4096)]).sum(0) / len(features)
     vectors = torch.cat([torch.nn.functional.normalize(rows.float() - mean) for rows in features.split(4096)])
     contents = {digest: number for number, digest in enumerate(dict.fromkeys(sha256))}
     content = torch.tensor([contents[digest] for digest in sha256])
     nearest, candidates = torch.empty(len(vectors)), []
-    for rows in torch.arange(len(vectors)).split(512):
-        similarities = vectors[rows] @ vectors.T
-        similarities[content[rows, None] == content] = -1
-        nearest[rows] = similarities.max(1).values
-        similarities[(targets[rows, None] == targets) & (splits[rows, None] == splits)] = -1
-        candidates.append(similarities.max(1))  # of each image the best partner in another split or class
+    with Progress("compare", len(vectors)) as progress:
+        for rows in torch.arange(len(vectors)).split(512):
+            similarities = vectors[rows] @ vectors.T
+            equal, same_class = content[rows, None] == content, targets[rows, None] == targets
+            nearest[rows] = similarities.masked_fill(equal, -1).max(1).values
+            similarities[same_class & (equal | (splits[rows, None] == splits))] = -1
+            candidates.append(similarities.max(1))  # of each image the best partner in another split or class
+            progress.update(len(rows))
     scores = nearest.clamp(-0.999999, 0.999999).atanh()
-    thresholds = torch.ones(int(targets.max()) + 1)
+    thresholds = torch.zeros(int(targets.max()) + 1)
     for label in targets.unique().tolist():
         own = scores[targets == label]
+        own = own if len(own) >= MIN_FOR_DEVIATION else scores
         deviation = 1.4826 * (own - own.median()).abs().median()
         thresholds[label] = own.median() + deviation * statistics.NormalDist().inv_cdf(1 - 1 / len(vectors))
     values, partners = (torch.cat(parts) for parts in zip(*candidates))
-    limits = torch.maximum(thresholds[targets], thresholds[targets[partners]]).tanh()
+    limits = torch.maximum(thresholds[targets], thresholds[targets[partners]])
+    values_on_scale = values.clamp(-0.999999, 0.999999).atanh()
     pairs = {}
-    for row in (values > limits).nonzero()[:, 0].tolist():
+    for row in (values_on_scale > limits).nonzero()[:, 0].tolist():
         both = sorted((row, partners[row].item()))
         pairs[tuple(both)] = Pair(*both, values[row].item())
     return sorted(pairs.values(), key=lambda pair: -pair.similarity)
@@ -1388,13 +1397,15 @@ class AuditReport:
             own, other = (round(probabilities[number, index].item(), 6) for index in (label, suggested))
             names = self.classes[label], self.classes[suggested]
             rows.append((self.relative(path), split, *names, own, other, int(suspicious[number])))
+            if not suspicious[number]:
+                continue
             texts = [self.caption(number), f"suggested: {printable(self.classes[suggested])} {other:.1%}"]
             pictures.append((path, "\n".join(texts)))
         header = ("path", "split", "class", "suggested", "probability_of_class", "probability_of_suggested")
         header = (*header, "suspicious")
         write_csv(self.out / "audit.csv", header, rows)
         draw_pictures(
-            self.out / "audit.png", pictures, f"{min(SHOWN, len(rows))} of {suspicious.sum()} suspicious labels"
+            self.out / "audit.png", pictures, f"{min(SHOWN, len(pictures))} of {len(pictures)} suspicious labels"
         )
 
     def write_duplicates(self, pairs: list[Pair]) -> None:
@@ -1906,13 +1917,15 @@ class RunFiles:
             state = {"completed": [run.to_dict() for run in completed], "run": run.to_dict()}
             self.write_last({**state, "optimizer": optimizer, "weights": weights, "finished": False})
 
-    def publish(self, checkpoint: dict, run: Run, tuned: bool) -> None:
+    def publish(self, checkpoint: dict, run: Run, args: argparse.Namespace) -> None:
         """Replace model.pt and history.csv by those of the finished model."""
         with defer_signals():
             write_torch_file(self.folder / "model.pt", checkpoint)
             self.write_history(run)
-            for stale in ("tune.csv", "tune.png") if not tuned else ():  # left behind by an earlier model
-                (self.folder / stale).unlink(missing_ok=True)
+            stale = () if args.tune else ("tune.csv", "tune.png")  # left behind by an earlier model
+            stale += () if args.audit else ("audit.csv", "audit.png", "duplicates.csv", "duplicates.png")
+            for name in stale:
+                (self.folder / name).unlink(missing_ok=True)
 
     def write_history(self, run: Run) -> None:
         rows = [[row[name] for name in HISTORY_FIELDS] for row in run.history]

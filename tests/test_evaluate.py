@@ -743,8 +743,9 @@ def test_near_duplicates_are_in_the_report(run, tree, tmp_path):
     pairs = "train/red/red 1.png,test/red/red 2.png,train,test,red,red,0.99\n"
     pairs += "val/red/red 1.png,test/red/red 3.png,val,test,red,red,0.98\n"
     (out / "duplicates.csv").write_text(header + pairs)
-    text = "According to duplicates.csv, 1 of these images have a near-duplicate in train"
-    assert f"{text}, such as test/red/red 2.png and train/red/red 1.png." in run("evaluate", *args).err
+    text = "1 of these images have near-duplicates in train, by duplicates.csv"
+    assert f"{text}: test/red/red 2.png and train/red/red 1.png." in run("evaluate", *args).err
     assert "Is this a fair test?" in (tmp_path / "report" / "report.html").read_text()
     (out / "duplicates.csv").write_text(header)
-    assert "0 of these images have a near-duplicate in train." in run("evaluate", *args).err
+    none = f"duplicates.csv, which was made from {tree}, lists none of these images with train."
+    assert none in run("evaluate", *args).err

@@ -827,8 +827,33 @@ def test_blind_classifiers_do_not_learn_from_their_own_fold():
 
 
 def test_suspects_are_ordered_by_the_margin():
-    """The thresholds are the mean probabilities of the own class, 0.45 and, of the only image to learn from, 0.8."""
-    probabilities = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.35, 0.65], [0.2, 0.8], [0.9, 0.1]]).double()
-    targets, learned = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([True, True, True, True, False])
+    """The thresholds are the mean probabilities of the own class, here 0.6 and 0.8; classes of few images have none."""
+    first = torch.tensor([0.9, 0.9, 0.1, 0.3, 0.8] + 5 * [0.2] + [0.9, 0.9])  # of the first class
+    probabilities = torch.stack([first, 1 - first, torch.zeros(12)], 1).double()
+    targets, learned = torch.tensor(5 * [0] + 5 * [1] + [1, 2]), torch.tensor(10 * [True] + [False, True])
     suspects, suspicious = train.find_suspects(probabilities, targets, learned)
-    assert suspects == [1, 4, 2] and suspicious.tolist() == [False, True, False, False, True]  # 2 has only 0.65
+    assert suspicious.nonzero()[:, 0].tolist() == [2, 10]  # 3 has only 0.7, and 11 is alone in its class
+    assert suspects == [11, 2, 10, 3]
+
+
+def test_near_duplicates_stand_out_from_nearest_neighbors():
+    """Of random features there are at most one by chance; equal files are a finding only with different classes."""
+    features, targets, splits = random_tensor(200, 64), torch.arange(200) % 4, torch.arange(200) // 150
+    files = [str(number) for number in range(200)]
+    assert len(train.find_duplicates(features, targets, splits, files)) <= 1
+    features[160] = features[8] + 0.05  # of the same class, in another split
+    features[161] = features[9]
+    features[20] = features[21]
+    files[161], files[20] = files[9], files[21]  # equal: 9 and 161 have one class, 20 and 21 have two
+    pairs = {(pair.first, pair.second) for pair in train.find_duplicates(features, targets, splits, files)}
+    assert {(8, 160), (20, 21)} <= pairs and (9, 161) not in pairs and len(pairs) <= 3
+    few = random_tensor(20, 64), torch.arange(20) % 10, torch.arange(20) // 10
+    assert len(train.find_duplicates(*few, files[:20])) <= 3
+
+
+def test_familiarity_without_val_uses_images_held_out():
+    """New images from the same distribution are rejected rarely, although a few images fill all components."""
+    for count in (40, 200):
+        familiarity = train.fit_familiarity(random_tensor(1, count, 512), None)
+        scores = common.unfamiliarity(random_tensor(500, 512, seed=1), familiarity)
+        assert (scores > 0.9).float().mean() < 0.35 and (scores > 0.5).float().mean() == pytest.approx(0.5, abs=0.3)
