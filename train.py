@@ -1250,7 +1250,8 @@ def audit(model: InferenceModel, dataset: Dataset, cache: FeatureCache, args: ar
     learned = torch.tensor([name != "test" for name in names])
     probabilities = judge_images(model, features, targets, sha256, learned, args)
     suspects, suspicious = find_suspects(probabilities, targets, learned)
-    pairs = find_duplicates(features[0], targets, torch.tensor([splits.index(name) for name in names]), sha256)
+    numbers = torch.tensor([splits.index(name) for name in names])
+    pairs = find_duplicates(features[0], targets, numbers, sha256, model.dtype, model.device)
     images = [AuditedImage(*values) for values in zip(paths, names, targets.tolist())]
     report = AuditReport(args.data, args.out, dataset.classes, images)
     report.write_suspects(suspects, suspicious, probabilities)
@@ -1332,43 +1333,66 @@ class Pair(NamedTuple):
 
 
 def find_duplicates(
-    features: torch.Tensor, targets: torch.Tensor, splits: torch.Tensor, sha256: list[str]
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    splits: torch.Tensor,
+    sha256: list[str],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Pair]:
     """Return near-duplicates in different splits or classes, the most alike first; not equal files of one class.
 
-    Takes features [N, D], and class and split indices [N]. A pair is a near-duplicate if its similarity stands out from
-    that of the images of both classes with their nearest neighbors. Fisher's transformation makes these similarities
-    nearly normal, with a mean and deviation of each class (of all, for classes of few images) that are estimated by
-    median and median absolute deviation; only one of N normal numbers would exceed the threshold.
+    Takes features [N, D], and class and split indices [N]. All pairs are compared on the device in `dtype`, and the
+    most alike of each image once more in float32.
+
+    A pair is a near-duplicate if its similarity stands out from that of the images of both classes with their nearest
+    neighbors. Fisher's transformation makes these similarities nearly normal, with a mean and deviation of each class
+    (of all, for classes of few images) that are estimated by median and median absolute deviation; only one of N normal
+    numbers would exceed the threshold.
     """
     mean = torch.stack([rows.float().sum(0) for rows in features.split(4096)]).sum(0) / len(features)
     vectors = torch.cat([torch.nn.functional.normalize(rows.float() - mean) for rows in features.split(4096)])
-    contents = {digest: number for number, digest in enumerate(dict.fromkeys(sha256))}
-    content = torch.tensor([contents[digest] for digest in sha256])
-    nearest, candidates = torch.empty(len(vectors)), []
-    with Progress("compare", len(vectors)) as progress:
-        for rows in torch.arange(len(vectors)).split(512):
-            similarities = vectors[rows] @ vectors.T
-            equal, same_class = content[rows, None] == content, targets[rows, None] == targets
-            nearest[rows] = similarities.masked_fill(equal, -1).max(1).values
-            similarities[same_class & (equal | (splits[rows, None] == splits))] = -1
-            candidates.append(similarities.max(1))  # of each image the best partner in another split or class
-            progress.update(len(rows))
-    scores = nearest.clamp(-0.999999, 0.999999).atanh()
+
+    def fisher(others: torch.Tensor) -> torch.Tensor:
+        parts = ((vectors[rows] * vectors[others[rows]]).sum(1) for rows in torch.arange(len(vectors)).split(4096))
+        return torch.cat(list(parts)).clamp(-0.999999, 0.999999).atanh()
+
+    neighbors, partners = most_alike(vectors.to(device, dtype), targets, splits, sha256)
+    scores, candidates = fisher(neighbors), fisher(partners)
     thresholds = torch.zeros(int(targets.max()) + 1)
     for label in targets.unique().tolist():
         own = scores[targets == label]
         own = own if len(own) >= MIN_FOR_DEVIATION else scores
         deviation = 1.4826 * (own - own.median()).abs().median()
         thresholds[label] = own.median() + deviation * statistics.NormalDist().inv_cdf(1 - 1 / len(vectors))
-    values, partners = (torch.cat(parts) for parts in zip(*candidates))
     limits = torch.maximum(thresholds[targets], thresholds[targets[partners]])
-    values_on_scale = values.clamp(-0.999999, 0.999999).atanh()
     pairs = {}
-    for row in (values_on_scale > limits).nonzero()[:, 0].tolist():
+    for row in (candidates > limits).nonzero()[:, 0].tolist():
         both = sorted((row, partners[row].item()))
-        pairs[tuple(both)] = Pair(*both, values[row].item())
+        pairs[tuple(both)] = Pair(*both, candidates[row].tanh().item())
     return sorted(pairs.values(), key=lambda pair: -pair.similarity)
+
+
+def most_alike(
+    vectors: torch.Tensor, targets: torch.Tensor, splits: torch.Tensor, sha256: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for each of the normalized vectors [N, D] the most alike, and the most alike in another split or class.
+
+    Equal files are left out, in the second result only those of one class. Both results are [N], on the CPU.
+    """
+    numbers = {digest: number for number, digest in enumerate(dict.fromkeys(sha256))}
+    content = torch.tensor([numbers[digest] for digest in sha256]).to(vectors.device)
+    targets, splits = targets.to(vectors.device), splits.to(vectors.device)
+    neighbors, partners = [], []
+    with Progress("compare", len(vectors)) as progress:
+        for rows in torch.arange(len(vectors), device=vectors.device).split(512):
+            similarities = vectors[rows] @ vectors.T
+            equal, same_class = content[rows, None] == content, targets[rows, None] == targets
+            same_place = same_class & (equal | (splits[rows, None] == splits))
+            partners.append(similarities.masked_fill(same_place, -1).max(1).indices)
+            neighbors.append(similarities.masked_fill_(equal, -1).max(1).indices)
+            progress.update(len(rows))
+    return torch.cat(neighbors).cpu(), torch.cat(partners).cpu()
 
 
 class AuditedImage(NamedTuple):

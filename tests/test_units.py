@@ -838,17 +838,18 @@ def test_suspects_are_ordered_by_the_margin():
 
 def test_near_duplicates_stand_out_from_nearest_neighbors():
     """Of random features there are at most one by chance; equal files are a finding only with different classes."""
+    on_cpu = torch.float32, torch.device("cpu")
     features, targets, splits = random_tensor(200, 64), torch.arange(200) % 4, torch.arange(200) // 150
     files = [str(number) for number in range(200)]
-    assert len(train.find_duplicates(features, targets, splits, files)) <= 1
+    assert len(train.find_duplicates(features, targets, splits, files, *on_cpu)) <= 1
     features[160] = features[8] + 0.05  # of the same class, in another split
     features[161] = features[9]
     features[20] = features[21]
     files[161], files[20] = files[9], files[21]  # equal: 9 and 161 have one class, 20 and 21 have two
-    pairs = {(pair.first, pair.second) for pair in train.find_duplicates(features, targets, splits, files)}
+    pairs = {(pair.first, pair.second) for pair in train.find_duplicates(features, targets, splits, files, *on_cpu)}
     assert {(8, 160), (20, 21)} <= pairs and (9, 161) not in pairs and len(pairs) <= 3
     few = random_tensor(20, 64), torch.arange(20) % 10, torch.arange(20) // 10
-    assert len(train.find_duplicates(*few, files[:20])) <= 3
+    assert len(train.find_duplicates(*few, files[:20], *on_cpu)) <= 3
 
 
 def test_familiarity_without_val_uses_images_held_out():
