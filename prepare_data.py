@@ -733,7 +733,7 @@ def choose_records(args: argparse.Namespace, checked: list[Record], tree: list[R
     """Return the records of the new tree, each with its split."""
     records = [record for record in checked if record.reason is None]
     if len(records) < len(checked):
-        require_two_classes(records, "the images that are not left out")
+        require_two_classes(records + tree, "the images that are not left out")
         if lost := sorted({record.class_name for record in checked} - {record.class_name for record in records} - {""}):
             log(f"warning: all images of these classes are left out: {', '.join(lost)}")
     if args.splits:
