@@ -1235,7 +1235,9 @@ def audit(model: InferenceModel, dataset: Dataset, cache: FeatureCache, args: ar
     """Look for wrong labels and near-duplicates, and return how many were found; the files are written to OUT.
 
     Five classifiers judge the images of train and val, each those from which it has not learned (confident learning;
-    Northcutt, Jiang and Chuang, JAIR 2021), and their average those of test, from which none has learned.
+    Northcutt, Jiang and Chuang, JAIR 2021), and their average those of test, from which none has learned. Wrong labels
+    and near-duplicates are common in well-known test sets (Northcutt, Athalye and Mueller, NeurIPS Datasets 2021; Barz
+    and Denzler, Do we train on test data?, 2020).
     """
     requests = [FeatureRequest(split, VIEWS["none"]) for split in dataset.splits.values()]
     features = extract_features(model, requests, cache, args.out, args.workers)
