@@ -57,9 +57,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--min-confidence", type=fraction, default=0.0, metavar="P", help=least)
     unfamiliar_help = (
         f"also answer {UNKNOWN} for images that are less like those of the training than all of val but this share "
-        "(default: 0.01; put the option last, or give SHARE). It recognizes images of another kind, but often not a new "
-        "class that is similar to the others: 0.05 caught 65 %% of EuroSAT's images shown to a model of TrashNet, 100 %% "
-        "the other way round, and 0 to 60 %% of a class that was left out of the training"
+        "(default: 0.01; put the option last, or give SHARE). It recognizes images of another kind, but often not a "
+        "new class that is similar to the others: 0.05 caught 65 %% of EuroSAT's images shown to a model of TrashNet, "
+        "100 %% the other way round, and 0 to 60 %% of a class that was left out of the training"
     )
     add("--reject-unfamiliar", type=fraction, nargs="?", const=0.01, metavar="SHARE", help=unfamiliar_help)
     add("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
