@@ -822,6 +822,26 @@ def read_batches(
         executor.shutdown(wait=False, cancel_futures=True)
 
 
+def draw_images(file: Path, pictures: Sequence[tuple[str, str]], columns: int, title: str | None = None) -> None:
+    """Draw at least one image, given as (path, caption), in a grid."""
+    images = []
+    for path, _ in pictures:
+        images.append(read_image(path))
+        images[-1].thumbnail((360, 360))
+    rows, height = math.ceil(len(images) / columns), max(image.height / image.width for image in images)
+    lines = max(caption.count("\n") + 1 for _, caption in pictures)
+    figure = new_figure(2.1 * columns, (2 * min(height, 1.5) + 0.15 * lines + 0.3) * rows + 0.3)
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in cells:
+        axes.set_axis_off()
+    for axes, image, (_, caption) in zip(cells, images, pictures):
+        axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
+        axes.set_title(caption, fontsize=7)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    save_figure(file, figure)
+
+
 # ---------------------------------------------------------------- statistics
 
 Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95% interval
@@ -1824,13 +1844,6 @@ def checkpoint_views(checkpoint: Checkpoint, tta: bool) -> tuple[list[View], flo
             "only as it is: train with --augment flip or dihedral"
         )
     return checkpoint.views, checkpoint.temperature_tta
-
-
-def checkpoint_familiarity(checkpoint: Checkpoint, path: str | Path) -> dict[str, torch.Tensor]:
-    """Return what `unfamiliarity` needs. Raises UserError for a checkpoint of an earlier version, which lacks it."""
-    if checkpoint.familiarity is None:
-        raise UserError(f"--reject-unfamiliar: {path} was trained by an earlier version; train the model again")
-    return checkpoint.familiarity
 
 
 def checkpoint_precision(checkpoint: Checkpoint, precision: str) -> str:

@@ -37,10 +37,10 @@ from common import EXIT_BELOW_BAR, SPLITS, TTA_HELP
 from common import Checkpoint, Estimate, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Split, UserError
 from common import View
 from common import add_cache_options, add_hardware_options, are_among, atomic_write, checkpoint_precision
-from common import checkpoint_views, command, extract_features, fraction, hash_images, in_batches, library_versions
-from common import list_split, log, log_device, make_parser, new_figure, paired_difference, pick_device, pick_precision
-from common import printable, read_batches, read_checkpoint, read_image, read_known, rows_per_chunk, save_figure
-from common import unfamiliarity, wilson, write_csv
+from common import checkpoint_views, command, draw_images, extract_features, fraction, hash_images, in_batches
+from common import library_versions, list_split, log, log_device, make_parser, new_figure, paired_difference
+from common import pick_device, pick_precision, printable, read_batches, read_checkpoint, read_known, rows_per_chunk
+from common import save_figure, unfamiliarity, wilson, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     with replace_report(args.out, [candidate.subfolder for candidate in candidates]) as folder:
         models = []
         for candidate in candidates:
-            predictions, timing = classify(candidate, images, device, args)
-            metrics = compute_metrics(candidate, predictions, timing)
+            predictions, measured = classify(candidate, images, device, args)
+            metrics = compute_metrics(candidate, predictions, measured)
             metrics |= count_seen_images(candidate.checkpoint, images.hashes, predictions.correct)
             models.append(EvaluatedModel(**vars(candidate), predictions=predictions, metrics=metrics))
         comparisons = compare_models(models)
@@ -422,7 +422,7 @@ SUMMARY_METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accura
 CLASS_METRICS = {"precision": "precision", "recall": "recall", "f1": "F1"}  # of each class; columns of per_class.csv
 
 
-def compute_metrics(candidate: Candidate, predictions: Predictions, timing: dict[str, Any]) -> dict[str, Any]:
+def compute_metrics(candidate: Candidate, predictions: Predictions, measured: dict[str, Any]) -> dict[str, Any]:
     """Return all metrics of a model, by their names in metrics.json; those with an interval are of type Estimate."""
     classes, targets, confusion = candidate.checkpoint.classes, predictions.targets, predictions.confusion
     num_correct, num_true, num_predicted = bootstrap_counts(confusion)
@@ -446,7 +446,7 @@ def compute_metrics(candidate: Candidate, predictions: Predictions, timing: dict
         **{f"{key}_uncalibrated": value for key, value in uncalibrated.items()},
         "temperature": candidate.temperature,
         "parameters": sum(parameter.numel() for parameter in candidate.checkpoint.model.parameters()),
-        **timing,
+        **measured,
         "per_class": per_class,
         "coverage": coverage(predictions.confidence, predictions.correct),
         "confused_pairs": confused_pairs(confusion, classes),
@@ -776,7 +776,10 @@ def fairness_sentences(model: EvaluatedModel, images: Images) -> list[str]:
     none = (
         f"{file.name}, which was made from {model.checkpoint.args.get('data')}, lists none of these images with train."
     )
-    return [*sentences, f"{text}: {examples}{', ...' if len(found) > 3 else ''}." if found else none]
+    return [
+        *sentences,
+        f"{text}: {examples}{f' and {len(found) - 3} more' if len(found) > 3 else ''}." if found else none,
+    ]
 
 
 def accuracy_section(model: EvaluatedModel, picture: Path) -> Section:
@@ -1025,23 +1028,14 @@ def plot_reliability(path: Path, metrics: dict[str, Any]) -> None:
 
 def plot_mistakes(path: Path, model: EvaluatedModel, paths: list[str], shown: list[int]) -> None:
     """Draw the images with these numbers, each with its file name, predicted class, confidence and true class."""
-    columns, classes, predictions = 5, model.checkpoint.classes, model.predictions
-    rows = math.ceil(len(shown) / columns)
-    figure = new_figure(2.3 * columns, 3.1 * rows)
-    cells = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in cells:
-        axes.set_axis_off()
-    for axes, number in zip(cells, shown):
-        image = read_image(paths[number])
-        image.thumbnail((360, 360))
-        axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
-        name = shorten(Path(paths[number]).name)
+    classes, predictions, pictures = model.checkpoint.classes, model.predictions, []
+    for number in shown:
         predicted, true = (
             shorten(classes[index[number]], 24) for index in (predictions.predicted, predictions.targets)
         )
-        confidence = f"{predictions.confidence[number]:.2%}"
-        axes.set_title(f"{name}\npredicted: {predicted}\nconfidence: {confidence}\ntrue: {true}", fontsize=8.5)
-    save_figure(path, figure)
+        name, confidence = shorten(Path(paths[number]).name), f"{predictions.confidence[number]:.2%}"
+        pictures.append((paths[number], f"{name}\npredicted: {predicted}\nconfidence: {confidence}\ntrue: {true}"))
+    draw_images(path, pictures, columns=5)
 
 
 def plot_curves(path: Path, histories: list[History]) -> None:

@@ -25,10 +25,10 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from common import EXIT_SOME_UNREADABLE, TTA_HELP
 from common import Checkpoint, ImageBatch, InferenceModel, LazyModule, Progress, UserError, View
-from common import add_hardware_options, atomic_write, center_square, checkpoint_familiarity, checkpoint_precision
-from common import checkpoint_views, command, crops_squares, csv_writer, find_images, fraction, in_batches, log
-from common import log_device, make_parser, new_figure, pick_device, positive_int, printable, read_batches
-from common import read_checkpoint, read_image, save_figure, unfamiliarity, write_csv, write_torch_file
+from common import add_hardware_options, atomic_write, center_square, checkpoint_precision, checkpoint_views, command
+from common import crops_squares, csv_writer, find_images, fraction, in_batches, log, log_device, make_parser
+from common import new_figure, pick_device, positive_int, printable, read_batches, read_checkpoint, read_image
+from common import save_figure, unfamiliarity, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -113,9 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
     log_device(device, [model.dtype])
     views, temperature = checkpoint_views(checkpoint, args.tta)
-    familiarity = None
-    if args.reject_unfamiliar is not None:
-        familiarity = checkpoint_familiarity(checkpoint, args.checkpoint)
+    familiarity = None if args.reject_unfamiliar is None else checkpoint.familiarity
+    if args.reject_unfamiliar is not None and familiarity is None:
+        problem = f"{args.checkpoint} was trained by an earlier version; train the model again"
+        raise UserError(f"--reject-unfamiliar: {problem}")
     rejection = Rejection(args.min_confidence, args.reject_unfamiliar)
     classifier = Classifier(model, checkpoint.classes, views, temperature, familiarity, args.workers)
     if scene:

@@ -36,10 +36,10 @@ from common import Checkpoint, FeatureCache, FeatureRequest, InferenceModel, Laz
 from common import UserError, View
 from common import add_cache_options, add_hardware_options, all_gather_list, apply_view, are_among, average_views
 from common import broadcast_from_rank0, checkpoint_precision, class_folders, command, defer_signals, digest_of
-from common import extract_features, fraction, hash_images, hold_lock, initialize_classifier, is_out_of_memory
-from common import library_versions, list_architectures, list_split, load_pretrained, log, log_device, make_parser
-from common import new_figure, non_negative_float, paired_difference, pick_precision, positive_float, positive_int
-from common import printable, process_group, read_batches, read_checkpoint, read_image, read_known, read_torch_file
+from common import draw_images, extract_features, fraction, hash_images, hold_lock, initialize_classifier
+from common import is_out_of_memory, library_versions, list_architectures, list_split, load_pretrained, log, log_device
+from common import make_parser, new_figure, non_negative_float, paired_difference, pick_precision, positive_float
+from common import positive_int, printable, process_group, read_batches, read_checkpoint, read_known, read_torch_file
 from common import relative_residuals, resize, rows_per_chunk, save_figure, seed_number, short_hashes, to_device
 from common import update_weights, usable_memory, write_csv, write_torch_file
 
@@ -1221,14 +1221,17 @@ class BlindProbes(LinearProbes):
         own = self.folds[self.rows.to(self.device), None] == torch.tensor(active, device=self.device)
         return torch.where(own[..., None], logits.detach(), logits)
 
-    def blind_logits(self) -> torch.Tensor:
-        """Return the logits [N, C] of each image, on the CPU, from the classifier that has not learned from it."""
-        features, parts = self.data["train"].features[0], []
+    def logits(self, features: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the logits [B, FOLDS, C] of all classifiers, on the CPU, for chunks of features [N, D]."""
         with torch.no_grad():
-            for rows in torch.arange(features.shape[0]).split(rows_per_chunk(features)):
-                logits = super().forward(features[rows].to(self.device, torch.float32), list(range(FOLDS)))
-                parts.append(logits[torch.arange(len(rows)), self.folds[rows]].cpu())
-        return torch.cat(parts)
+            for rows in features.split(rows_per_chunk(features)):
+                yield super().forward(rows.to(self.device, torch.float32), list(range(FOLDS))).cpu()
+
+    def blind_logits(self) -> torch.Tensor:
+        """Return the logits [N, C] of each image from the classifier that has not learned from it, on the CPU."""
+        features = self.data["train"].features[0]
+        chunks = zip(self.logits(features), self.folds.cpu().split(rows_per_chunk(features)))
+        return torch.cat([logits[torch.arange(len(own)), own] for logits, own in chunks])
 
 
 def audit(model: InferenceModel, dataset: Dataset, cache: FeatureCache, args: argparse.Namespace) -> dict[str, int]:
@@ -1286,22 +1289,14 @@ def judge_images(
     options = TrainOptions(args.batch_size, args.seed, ones)
     probes = BlindProbes(head, labeled, folds, options)
     hparams = HParams(HEAD_LR, 0.0, 0.0, head_epochs(len(own), args.batch_size))
-    runs = fit(probes, [Run(hparams, args.seed)] * FOLDS, [], options)
+    fit(probes, [Run(hparams, args.seed)] * FOLDS, [], options)
     blind = probes.blind_logits()
     temperature, _ = calibrate(blind, targets[own], ones[targets[own]])
     probabilities = torch.empty(len(targets), blind.shape[1], dtype=torch.float64)
     probabilities[own] = (blind.double() / temperature).softmax(1)
-    other = (~learned).nonzero()[:, 0]
-    if len(other):
-        averages = []
-        for run in runs:
-            head.load_state_dict(run.best.weights)
-            with torch.no_grad():
-                logits = torch.cat(
-                    [head(rows.to(model.device, torch.float32)) for rows in features[0, other].split(4096)]
-                )
-            averages.append(logits.cpu())
-        probabilities[other] = (average_views(averages) / temperature).softmax(1)
+    if len(other := (~learned).nonzero()[:, 0]):
+        averages = [average_views(logits.unbind(1)) for logits in probes.logits(features[0, other])]
+        probabilities[other] = (torch.cat(averages) / temperature).softmax(1)
     return probabilities
 
 
@@ -1430,9 +1425,7 @@ class AuditReport:
         header = ("path", "split", "class", "suggested", "probability_of_class", "probability_of_suggested")
         header = (*header, "suspicious")
         write_csv(self.out / "audit.csv", header, rows)
-        draw_pictures(
-            self.out / "audit.png", pictures, f"{min(SHOWN, len(pictures))} of {len(pictures)} suspicious labels"
-        )
+        self.draw("audit.png", pictures, f"{min(SHOWN, len(pictures))} of {len(pictures)} suspicious labels")
 
     def write_duplicates(self, pairs: list[Pair]) -> None:
         """Write duplicates.csv, and draw its first pairs in duplicates.png."""
@@ -1445,7 +1438,14 @@ class AuditReport:
         header = ("path", "other_path", "split", "other_split", "class", "other_class", "similarity")
         write_csv(self.out / "duplicates.csv", header, rows)
         title = f"{min(SHOWN // 2, len(rows))} of {len(rows)} pairs of near-duplicates, side by side"
-        draw_pictures(self.out / "duplicates.png", pictures, title)
+        self.draw("duplicates.png", pictures, title)
+
+    def draw(self, name: str, pictures: list[tuple[str, str]], title: str) -> None:
+        """Draw the first images, given as (path, caption); without any, remove an earlier file."""
+        if pictures:
+            draw_images(self.out / name, pictures[:SHOWN], columns=6, title=title)
+        else:
+            (self.out / name).unlink(missing_ok=True)
 
     def relative(self, path: str) -> str:
         """Return a path relative to DATA."""
@@ -1455,28 +1455,6 @@ class AuditReport:
         """Return the name, the split and the class of an image as two lines."""
         path, split, label = self.images[number]
         return f"{printable(Path(path).name)[-24:]} ({split})\nclass: {printable(self.classes[label])}"
-
-
-def draw_pictures(file: Path, pictures: list[tuple[str, str]], title: str) -> None:
-    """Draw the first images, each with its caption; without any, remove an earlier file."""
-    if not pictures:
-        file.unlink(missing_ok=True)
-        return
-    images = []
-    for path, _ in pictures[:SHOWN]:
-        images.append(read_image(path))
-        images[-1].thumbnail((300, 300))
-    columns = 6
-    rows, height = math.ceil(len(images) / columns), max(image.height / image.width for image in images)
-    figure = new_figure(2.1 * columns, (2 * min(height, 1.5) + 0.75) * rows + 0.4)
-    cells = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in cells:
-        axes.set_axis_off()
-    for axes, image, (_, caption) in zip(cells, images, pictures):
-        axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
-        axes.set_title(caption, fontsize=7)
-    figure.suptitle(title, fontsize=10)
-    save_figure(file, figure)
 
 
 # ---------------------------------------------------------------- fine-tuning: the network on images
