@@ -696,8 +696,8 @@ def join_pixels(parts: Sequence[torch.Tensor], size: int, interpolation: str) ->
 def resize(pixels: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
     """Resize uint8 pixels [B, 3, h, w] to [B, 3, size, size] with antialiasing, with the same result on all devices.
 
-    On other devices than the CPU they have to be squares. (Some versions of torchvision resize bilinearly in float32 on
-    some processors, as 0.21 does with AVX-512: there the last bit may differ.)
+    (Some versions of torchvision resize bilinearly in float32 on some processors, as 0.21 does with AVX-512: there the
+    last bit may differ.)
     """
     if pixels.shape[2:] == (size, size):
         return pixels
@@ -707,30 +707,36 @@ def resize(pixels: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
     return resize_by_products(pixels, size, interpolation)
 
 
-def resize_by_products(pixels: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
-    """Resize like torchvision on a CPU: rows, then columns, with integer weights, and rounded after each.
+def resize_by_products(
+    pixels: torch.Tensor, size: int, interpolation: str, find_weights: Callable[..., torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Resize uint8 pixels [B, 3, h, w] like torchvision on a CPU: rows, then columns, each rounded: [B, 3, size, size].
 
-    It is a product of matrices for each, in float32, in which these integers and their sums are exact.
+    It is a product of matrices for each, in float32, in which these weights and their sums are exact.
     """
-    weights, bits = resize_weights(pixels.shape[-1], size, interpolation, pixels.device)
+    find_weights = find_weights or cached_resize_weights
+    rows, columns = (find_weights(side, size, interpolation, pixels.device) for side in pixels.shape[2:])
 
     def rounded(values: torch.Tensor) -> torch.Tensor:
-        return values.add_(2.0 ** (bits - 1)).mul_(2.0**-bits).floor_().clamp_(0, 255)
+        return values.add_(0.5).floor_().clamp_(0, 255)
 
-    return rounded(weights @ rounded(pixels.float() @ weights.T)).to(torch.uint8)
+    return rounded(rows @ rounded(pixels.float() @ columns.T)).to(torch.uint8)
 
 
-@functools.cache  # so that they are sent to a GPU only once
-def resize_weights(old: int, new: int, interpolation: str, device: torch.device) -> tuple[torch.Tensor, int]:
-    """Return the weights [new, old] of torch's resize of uint8 images, as integers in float32, and their binary places.
+def resize_weights(
+    old: int, new: int, interpolation: str, device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Return the weights [new, old] of torch's resize of uint8 images, float32, computed in `dtype` (default: float64).
 
-    They have as many places as leave the largest within 15 bits.
+    They have as many binary places as leave the largest, taken as an integer, within 15 bits.
     """
-    identity = torch.eye(old, dtype=torch.float64)[None, None]
+    identity = torch.eye(old, dtype=dtype or torch.float64)[None, None]
     weights = torch.nn.functional.interpolate(identity, (new, old), mode=interpolation, antialias=True)[0, 0]
-    largest = weights.max().item()
-    bits = max(places for places in range(23) if int(0.5 + largest * 2**places) < 1 << 15)
-    return (weights * 2**bits + 0.5 * weights.sign()).trunc().float().to(device), bits
+    unit = 2.0 ** -((2**15 - 0.5) / weights.max()).log2().floor().clamp(max=22)
+    return ((weights / unit + 0.5 * weights.sign()).trunc() * unit).float().to(device)
+
+
+cached_resize_weights = functools.cache(resize_weights)  # so that they are sent to a GPU only once
 
 
 def apply_view(images: torch.Tensor, view: View) -> torch.Tensor:

@@ -5,6 +5,7 @@ next wait for stdin. An image that cannot be read gets a record with the reason,
 code is 3. Probabilities are calibrated with the temperature in the checkpoint.
 
 --scene cuts one large image into tiles and writes DIR/map.png, map.csv, map.json, and map.pgw if it has a world file.
+--export writes the model to a file that other programs can run.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from __future__ import annotations
 import argparse
 import colorsys
 import contextlib
+import functools
+import importlib
+import io
 import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,20 +30,22 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from common import EXIT_SOME_UNREADABLE, TTA_HELP
 from common import Checkpoint, ImageBatch, InferenceModel, LazyModule, Progress, UserError, View
-from common import add_hardware_options, atomic_write, center_square, checkpoint_precision, checkpoint_views, command
-from common import crops_squares, csv_writer, find_images, fraction, in_batches, log, log_device, make_parser
-from common import new_figure, pick_device, positive_int, printable, read_batches, read_checkpoint, read_image
-from common import save_figure, unfamiliarity, write_csv, write_torch_file
+from common import add_hardware_options, apply_view, atomic_write, center_square, checkpoint_precision, checkpoint_views
+from common import command, crops_squares, csv_writer, find_images, fraction, in_batches, log, log_device, make_parser
+from common import new_figure, one_line, pick_device, positive_int, printable, read_batches, read_checkpoint, read_image
+from common import resize_by_products, resize_weights, save_figure, unfamiliarity, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
+    from torchvision.transforms.v2 import functional
 else:
-    torch = LazyModule("torch")
+    torch, functional = LazyModule("torch"), LazyModule("torchvision.transforms.v2.functional")
 
 # ---------------------------------------------------------------- command line
 
 UNKNOWN = "unknown"  # the answer where a Rejection applies
 PAGE_COLUMNS, PAGE_ROWS, BARS = 3, 6, 5  # pictures on a page of --plot, and classes shown for each
+EXPORT_IMAGES, EXPORT_TOLERANCE = 32, 0.01  # images on which an exported model is tried; the largest difference allowed
 MAX_SCENE_PIXELS = 400_000_000  # a pixel takes 4 bytes of memory, and 4 more if the file is not RGB
 
 
@@ -73,6 +80,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="in --plot, also show what supports the prediction (convolutional networks)",
     )
+    export_help = (
+        "write the model with its preprocessing for other programs, instead of classifying: FILE.pt2 for torch alone, "
+        "FILE.onnx for ONNX runtimes. It takes upright RGB images of any size, uint8 [N, 3, H, W], and returns the "
+        f"probabilities [N, classes]; before it is kept, it is compared with this program on {EXPORT_IMAGES} images: "
+        "those given as IMAGE, else drawn ones"
+    )
+    add("--export", type=Path, metavar="FILE", help=export_help)
     add = parser.add_argument_group("map of a large scene").add_argument
     add("--scene", type=Path, metavar="IMAGE", help=f"an image of at most {MAX_SCENE_PIXELS // 10**6} million pixels")
     add("--tile", type=positive_int, metavar="PIXELS", help="side of a tile (default: 64)")
@@ -82,8 +96,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.null and "-" not in args.images:
         args.images.append("-")
-    if not args.images and not args.scene:
+    if not args.images and not args.scene and not args.export:
         parser.error("nothing to classify: give images, folders, - for paths on stdin, or --scene")
+    if args.export:
+        records = args.plot or args.features or args.format or args.top_k > 1 or args.min_confidence
+        if records or args.reject_unfamiliar is not None or args.scene or args.device or args.precision != "auto":
+            parser.error(
+                "--export goes with --checkpoint, IMAGE, --tta and --workers only: it computes in fp32 on a CPU"
+            )
     if args.scene:
         if args.images or args.plot or args.explain or args.features or args.format or args.top_k > 1:
             parser.error("--scene cannot be combined with IMAGE, --top-k, --format, --features, --plot or --explain")
@@ -104,12 +124,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
     args = parse_args(argv)
+    check_output("--plot", args.plot, ".png")
+    check_output("--features", args.features)
+    check_output("--export", args.export, ".pt2", ".onnx")
     scene = read_scene(args.scene, args.tile, args.out) if args.scene else None
     paths = list_paths(args.images, args.null)
     with contextlib.suppress(AttributeError):  # file names need not be UTF-8, nor is a pipe on Windows by default
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    device = pick_device(args.device)
+    device = pick_device("cpu" if args.export else args.device)
     checkpoint = read_checkpoint(args.checkpoint)
+    if args.export:
+        args.precision = "fp32"
     model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
     log_device(device, [model.dtype])
     views, temperature = checkpoint_views(checkpoint, args.tta)
@@ -124,10 +149,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         scene_map = map_scene(scene, classifier, args.tile, args.stride, rejection)
         print(json.dumps(write_map(args.out, args.scene, scene, scene_map)))
         return 0
+    if args.export:
+        print(json.dumps(export(args.export, checkpoint, classifier, paths)))
+        return 0
     pages = PredictionPages(args.plot, classifier, rejection, args.explain) if args.plot else None
     features = FeatureFile(args.features, checkpoint) if args.features else None
     writer = RecordWriter(args.format, classifier.classes, rejection, args.top_k)
     return print_records(classifier.classify(paths), writer, pages, features)
+
+
+def check_output(option: str, file: Path | None, *suffixes: str) -> None:
+    """Raise UserError if a file of the command line cannot be written: a folder, in no folder, or a wrong name."""
+    if file is None:
+        return
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"{option} {file}: " + ("is a folder" if file.is_dir() else f"no such folder: {file.parent}"))
+    if suffixes and file.suffix.lower() not in suffixes:
+        names = " or ".join(file.with_suffix(suffix).name for suffix in suffixes)
+        raise UserError(f"{option} {file}: the name has to end in {' or '.join(suffixes)}; call it {names}")
 
 
 def list_paths(arguments: list[str], null: bool) -> Iterator[str | None]:
@@ -272,9 +311,6 @@ class FeatureFile:
     """The file of --features: what the network computes for each image, before its classifier."""
 
     def __init__(self, file: Path, checkpoint: Checkpoint) -> None:
-        if file.is_dir() or not file.parent.is_dir():
-            problem = "is a folder" if file.is_dir() else f"no such folder: {file.parent}"
-            raise UserError(f"--features {file}: {problem}")
         self.file, self.checkpoint = file, checkpoint
         self.paths: list[str] = []
         self.rows: list[torch.Tensor] = []  # float32 [D] of each path
@@ -347,10 +383,6 @@ class PredictionPages:
     """The pages of --plot, FILE.png, FILE-2.png, ..., with Grad-CAM maps if `explain` is set."""
 
     def __init__(self, file: Path, classifier: Classifier, rejection: Rejection, explain: bool) -> None:
-        if file.is_dir() or not file.parent.is_dir():
-            raise UserError(f"--plot {file}: " + ("is a folder" if file.is_dir() else f"no such folder: {file.parent}"))
-        if file.suffix.lower() != ".png":
-            raise UserError(f"--plot {file}: pictures are PNG files; call it {file.with_suffix('.png').name}")
         if explain:  # a network without a feature map is refused before the first record
             size = classifier.model.preprocessing["size"]
             grad_cam(classifier.model, torch.zeros(3, size, size, dtype=torch.uint8), 0)
@@ -415,6 +447,127 @@ def draw_bars(axes: Any, best: list[tuple[str, float]], unknown: bool) -> None:
     axes.set(xlim=(0, 1), xticks=[], yticks=[], ylim=(BARS - 0.5, -0.5))
     axes.set_title(UNKNOWN if unknown else labels[0], fontsize=10, fontweight="bold")
     axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+# ---------------------------------------------------------------- export
+
+
+def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: Iterable[str | None]) -> dict[str, Any]:
+    """Write the model and its preprocessing to FILE.pt2 (torch.export) or FILE.onnx; return a report.
+
+    The classes, the preprocessing and the form of input and output are inside as JSON: the extra file metadata.json of
+    a .pt2, the metadata "classifier" of an .onnx. Raises UserError if a package is missing, if the network cannot be
+    exported, or if the result differs from `classifier` by more than EXPORT_TOLERANCE; then nothing is written.
+    """
+    images = [read_image(path) for path in islice(filter(None, paths), EXPORT_IMAGES)] or draw_test_images()
+    metadata = {"arch": checkpoint.arch, "classes": checkpoint.classes, "preprocessing": checkpoint.preprocessing}
+    metadata |= {"views": len(classifier.views), "temperature": classifier.temperature}
+    metadata |= {"input": "uint8 [N, 3, H, W], upright RGB images of any size", "output": "probabilities [N, classes]"}
+    save_and_load = export_onnx if file.suffix.lower() == ".onnx" else export_torch
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporters, about themselves
+        try:
+            dynamic = torch.export.Dim.DYNAMIC
+            example, shapes = torch.zeros(2, 3, 65, 67, dtype=torch.uint8), ({0: dynamic, 2: dynamic, 3: dynamic},)
+            module = exportable_model(classifier)
+            program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
+            content, run = save_and_load(program, json.dumps(metadata))
+        except ImportError as error:
+            packages = "pip install onnx onnxscript onnxruntime"
+            raise UserError(f"--export {file}: {one_line(error)}; the packages it needs: {packages}") from None
+        except (RuntimeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
+            reason = f"torch {torch.__version__} cannot export {checkpoint.arch}: {one_line(error.__cause__ or error)}"
+            raise UserError(f"--export {file}: {reason[:300]}; a newer version may be able to") from None
+        difference = max_difference(classifier, images, run)
+    if not difference <= EXPORT_TOLERANCE:
+        problem = f"differ by up to {difference:.3g} from those of this program on {len(images)} images"
+        raise UserError(f"--export {file}: the probabilities {problem}; nothing was written")
+    with atomic_write(file, "wb") as stream:
+        stream.write(content)
+    log(f"wrote {file}; on {len(images)} images its probabilities differ by at most {difference:.1e}")
+    return {"export": str(file), "bytes": len(content), "images": len(images), "max_difference": difference}
+
+
+def exportable_model(classifier: Classifier) -> torch.nn.Module:
+    """Return the module that is exported: uint8 images [N, 3, H, W] -> probabilities [N, C], float32.
+
+    It averages over the views and applies the temperature like `Classifier`, in float32.
+    """
+    model, preprocessing = classifier.model, classifier.model.preprocessing
+    size = preprocessing["size"]
+    find_weights = functools.partial(resize_weights, dtype=torch.float32)  # ONNX runtimes do not resize in float64
+
+    class ExportableModel(torch.nn.Module):  # defined inside the function, because torch is imported lazily
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = model.backbone, model.head
+            for name in ("mean", "std"):
+                self.register_buffer(name, 255 * torch.tensor(preprocessing[name]).view(3, 1, 1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if crops_squares(preprocessing):  # indices, because the exporter cannot trace slices of unknown size
+                height, width = images.shape[2:]
+                side = torch.sym_min(height, width)
+                steps = torch.arange(side, device=images.device)
+                images = images.index_select(2, (height - side) // 2 + steps)
+                images = images.index_select(3, (width - side) // 2 + steps)
+            pixels = resize_by_products(images, size, preprocessing["interpolation"], find_weights)
+            normalized = (pixels - self.mean) / self.std
+            views = [self.head(self.backbone(apply_view(normalized, view))) for view in classifier.views]
+            averaged = torch.stack([logits.log_softmax(1) for logits in views]).logsumexp(0)
+            return (averaged / classifier.temperature).softmax(1)
+
+    return ExportableModel().eval()
+
+
+def export_torch(program: torch.export.ExportedProgram, metadata: str) -> tuple[bytes, Callable]:
+    """Return the content of a .pt2 file, and a function that runs it: uint8 [N, 3, H, W] -> [N, C]."""
+    for node in program.graph.nodes:
+        node.meta.pop("nn_module_stack", None)  # torch 2.6 writes it in a form that it cannot read
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={"metadata.json": metadata})
+    return buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
+
+
+def export_onnx(program: torch.export.ExportedProgram, metadata: str) -> tuple[bytes, Callable]:
+    """Return the content of an .onnx file, and a function that runs it: uint8 [N, 3, H, W] -> [N, C]."""
+    onnxruntime = importlib.import_module("onnxruntime")
+    exported = torch.onnx.export(
+        program, input_names=["images"], output_names=["probabilities"], dynamo=True, verbose=False
+    )
+    proto = exported.model_proto
+    proto.metadata_props.add(key="classifier", value=metadata)
+    content = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def draw_test_images() -> list[Image.Image]:
+    """Return EXPORT_IMAGES colorful images of three sizes, the same ones each time: clouds under fine noise."""
+    generator, images = torch.Generator().manual_seed(0), []
+    for number in range(EXPORT_IMAGES):
+        height, width = ((64, 64), (333, 500), (640, 480))[number % 3]
+        clouds = torch.rand(1, 3, 5, 5, generator=generator)
+        clouds = torch.nn.functional.interpolate(clouds, (height, width), mode="bicubic")[0]
+        noise = torch.rand(3, height, width, generator=generator)
+        pixels = (255 * (0.8 * clouds + 0.2 * noise)).clamp(0, 255).byte()
+        images.append(functional.to_pil_image(pixels))
+    return images
+
+
+def max_difference(classifier: Classifier, images: Sequence[Image.Image], run: Callable) -> float:
+    """Return the largest difference of a probability between `classifier` and an exported model, NaN if it has one.
+
+    Images of the same size are given to the exported model as one batch.
+    """
+    batches = classifier.classify(images, lambda image, _size: image)
+    expected = [prediction.probabilities for batch in batches for prediction in batch]
+    differences = []
+    for size in {image.size for image in images}:
+        rows = [row for row, image in enumerate(images) if image.size == size]
+        found = run(torch.stack([functional.pil_to_tensor(images[row]) for row in rows]))
+        differences.append((found - torch.stack([expected[row] for row in rows])).abs().max())
+    return torch.stack(differences).max().item()
 
 
 # ---------------------------------------------------------------- map of a scene

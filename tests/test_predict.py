@@ -1,5 +1,6 @@
 """predict.py: a record for each image, in order, for any input; the pages of --plot; maps of scenes."""
 
+import argparse
 import csv
 import io
 import json
@@ -15,9 +16,10 @@ import torch
 import torchvision
 from conftest import COLORS, ROOT, command, load_pt, read_csv, real, tile
 from PIL import Image, ImageDraw
+from torchvision.transforms.v2 import functional
 
 import predict
-from common import Checkpoint, InferenceModel, in_batches, read_batches
+from common import VIEWS, Checkpoint, InferenceModel, in_batches, load_pretrained, read_batches
 
 
 @pytest.fixture
@@ -293,7 +295,7 @@ def test_pages_of_pictures(classify, tree, images, tmp_path):
     assert heights[0] > heights[1] > heights[2] and not (tmp_path / "many-3.png").exists()
     classify(*sorted((tree / "test").glob("*/*"))[:18], "--plot", tmp_path / "full.png")
     assert (tmp_path / "full.png").exists() and not (tmp_path / "full-2.png").exists()
-    for file, word in (("no/x.png", "no such folder"), ("in put", "is a folder"), ("plot.jpg", "PNG")):
+    for file, word in (("no/x.png", "no such folder"), ("in put", "is a folder"), ("plot.jpg", "end in .png")):
         assert word in classify(images, "--plot", tmp_path / file, code=2).error[0]
     assert "is a folder" in classify(images, "--plot", ".", code=2).error[0]
 
@@ -374,6 +376,82 @@ def test_features(classify, trained, images, tmp_path):
         index = checkpoint["classes"].index(record["class"])
         assert probabilities[index].item() == pytest.approx(record["probability"], abs=1e-4)
     assert "no such folder" in classify(images, "--features", tmp_path / "no" / "f.pt", code=2).error[0]
+
+
+# ---------------------------------------------------------------- export
+
+
+def test_pt2_needs_nothing_but_torch(classify, images, tmp_path):
+    """The README's lines, in a process that cannot import torchvision, give the probabilities of predict.py."""
+    report = classify(*sorted(images.glob("*.png")), "--export", tmp_path / "model.pt2").json
+    assert report["images"] == 3 and report["max_difference"] < 1e-3
+    pixels = torch.stack([functional.pil_to_tensor(Image.open(file)) for file in sorted(images.glob("*.png"))])
+    torch.save(pixels, tmp_path / "pixels.pt")
+    code = """if 1:
+        import json, sys, torch
+        sys.modules["torchvision"] = None
+        extra = {"metadata.json": ""}
+        model = torch.export.load("model.pt2", extra_files=extra).module()
+        classes = json.loads(extra["metadata.json"])["classes"]
+        probabilities = model(torch.load("pixels.pt"))
+        print(json.dumps([dict(zip(classes, row)) for row in probabilities.tolist()]))
+        assert model(torch.zeros(1, 3, 50, 20, dtype=torch.uint8)).shape == (1, len(classes))"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    for found, record in zip(json.loads(result.stdout), records(classify(*sorted(images.glob("*.png"))).out)):
+        assert found[record["class"]] == pytest.approx(float(record["probability"]), abs=0.01)  # that is in bf16
+
+
+@pytest.mark.parametrize("suffix, resize, tta", [("pt2", "crop", []), ("onnx", "squish", ["--tta"])])
+def test_an_exported_model_is_this_program_without_it(trained, classify, images, tmp_path, suffix, resize, tta):
+    """Crops, views and the temperature are inside; images have any size, batches any length."""
+    preprocessing = {**load_pt(trained.model)["preprocessing"], "resize": resize}
+    changes = {"preprocessing": preprocessing, "temperature": 3.0, "temperature_tta": 0.7, "views": VIEWS["flip"]}
+    model, file = save_changed(trained, tmp_path / "changed.pt", **changes), tmp_path / f"model.{suffix}"
+    if suffix == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+    assert classify("--export", file, *tta, model=model).json["max_difference"] < 0.01  # on drawn images
+    if suffix == "onnx":
+        session = onnxruntime.InferenceSession(file)
+        metadata = json.loads(session.get_modelmeta().custom_metadata_map["classifier"])
+    else:
+        extra = {"metadata.json": ""}
+        program = torch.export.load(file, extra_files=extra).module()
+        metadata = json.loads(extra["metadata.json"])
+    assert metadata["preprocessing"] == preprocessing and metadata["classes"] == load_pt(model)["classes"]
+    for path in [images / "0.png", images / "sub" / 'wide, "quoted".PNG']:
+        pixels = functional.pil_to_tensor(Image.open(path))[None]
+        found = session.run(None, {"images": pixels.numpy()})[0] if suffix == "onnx" else program(pixels)
+        args = ["--format", "jsonl", "--top-k", 3, "--precision", "fp32", *tta]
+        record = json.loads(classify(path, *args, model=model).out)
+        for answer in [record, *record["rest"]]:
+            probability = found[0][metadata["classes"].index(answer["class"])].item()
+            assert probability == pytest.approx(answer["probability"], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "vit_b_16", "swin_t", "convnext_tiny"])
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_export_of_other_networks(tmp_path, suffix, arch):
+    network = load_pretrained(arch, "none", 3, 32, None, 0)
+    model = InferenceModel(network, torch.device("cpu"), "fp32")
+    checkpoint = argparse.Namespace(**vars(network), classes=["a", "b", "c"])
+    classifier = predict.Classifier(model, checkpoint.classes, VIEWS["none"], 0.05)
+    file = tmp_path / f"model.{suffix}"
+    assert predict.export(file, checkpoint, classifier, [])["max_difference"] < 0.01
+    assert file.stat().st_size == pytest.approx(4 * sum(p.numel() for p in network.model.parameters()), rel=0.1)
+
+
+def test_an_export_that_fails_leaves_nothing(classify, images, tmp_path, monkeypatch):
+    file = tmp_path / "model.pt2"
+    monkeypatch.setattr(predict, "EXPORT_TOLERANCE", -1)
+    assert "differ by up to" in classify(images / "0.png", "--export", file, code=2).error[0]
+    for argument, words in (("model.pth", "model.pt2 or model.onnx"), ("no/model.pt2", "no such folder")):
+        assert words in classify("--export", tmp_path / argument, code=2).error[0]
+    assert "--export goes with" in classify("--export", file, "--top-k", 2, code=2).err
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "pip install onnx" in classify("--export", tmp_path / "model.onnx", code=2).error[0]
+    assert not list(tmp_path.glob("*model*"))
 
 
 @pytest.fixture
