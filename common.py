@@ -1712,6 +1712,8 @@ class Checkpoint(Network):
     # For `unfamiliarity`, from standardized features of train: mean and scale [D], components [D, K]; and the sorted
     # `relative_residuals` of val [Q]. None for a checkpoint of an earlier version.
     familiarity: dict[str, torch.Tensor] | None = None
+    # The median of the shorter sides of the training images in pixels, before they were resized; None likewise.
+    native_size: int | None = None
 
 
 def read_torch_file(path: str | Path) -> dict:
@@ -1763,7 +1765,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} is not a checkpoint of train.py, but {what}")
     # Earlier versions did not write all fields.
     later = {"views": VIEWS["none"], "temperature_tta": content.get("temperature"), "args": {}, "versions": {}}
-    later |= {"train_hashes": short_hashes([]), "val_hashes": short_hashes([]), "familiarity": None}
+    later |= {"train_hashes": short_hashes([]), "val_hashes": short_hashes([])}
+    later |= {"familiarity": None, "native_size": None}
     content = later | content
     if wrong := invalid_fields(content):
         reason = f"missing or invalid {', '.join(wrong)}"
@@ -1836,6 +1839,7 @@ def invalid_fields(content: dict) -> list[str]:
         "train_hashes": are_hashes(content.get("train_hashes")),
         "val_hashes": are_hashes(content.get("val_hashes")),
         "familiarity": is_familiarity(content.get("familiarity")),
+        "native_size": content.get("native_size") is None or is_number(content["native_size"], 0, kinds=(int,)),
     }
     return [name for name, is_valid in valid.items() if not is_valid]
 

@@ -30,6 +30,8 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from PIL import Image
+
 from common import CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, MAX_IMAGE_SIZE, RANK, RUN_FORMAT, SPLITS, VIEWS
 from common import WORLD_SIZE
 from common import Checkpoint, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Network, Progress, Split
@@ -50,6 +52,7 @@ else:
     torch, v2 = LazyModule("torch"), LazyModule("torchvision.transforms.v2")
 
 IMBALANCE_RATIO = 5  # warn if the largest class has at least this many times as many images as the smallest
+SIZE_SAMPLE = 500  # at most this many training images are measured for `native_size`
 CALIBRATION_SAMPLE = 1000  # at most this many val images are used to fit `temperature_tta`
 # For `fit_familiarity`: principal components, images from which they come, and residuals that are kept.
 COMPONENTS, COMPONENT_IMAGES, RESIDUALS = 64, 5000, 1000
@@ -1957,6 +1960,7 @@ def checkpoint_content(
         "model_kwargs": network.model_kwargs,
         "classes": dataset.classes,
         "preprocessing": network.preprocessing,
+        "native_size": native_size(dataset.splits["train"]),
         "temperature": best.temperature,
         "temperature_tta": result.temperature_tta,
         "views": VIEWS[arguments["augment"]],
@@ -1967,6 +1971,15 @@ def checkpoint_content(
         "args": args,
         "versions": {"python": platform.python_version(), **library_versions()},
     }
+
+
+def native_size(train: Split) -> int | None:
+    """Return the median of the shorter sides of the images in pixels, from the headers of an evenly spaced sample."""
+    sides = []
+    for path in sample_evenly(train, SIZE_SAMPLE).paths:
+        with contextlib.suppress(Exception), Image.open(path) as image:  # it may have been moved during the training
+            sides.append(min(image.size))
+    return statistics.median_low(sides) if sides else None
 
 
 def format_metrics(row: dict) -> str:
