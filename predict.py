@@ -4,7 +4,11 @@ IMAGE is a file, a folder (searched with its subfolders), or - for paths on stdi
 next wait for stdin. An image that cannot be read gets a record with the reason, the others are classified, and the exit
 code is 3. Probabilities are calibrated with the temperature in the checkpoint.
 
---scene cuts one large image into tiles and writes DIR/map.png, map.csv, map.json, and map.pgw if it has a world file.
+--scene cuts a large image into tiles and writes DIR/map.png, map.csv, map.json and map.tif, which has a byte per cell:
+the index of its class in `classes` of map.json, or 255 (unknown). `percent` is the area of each class on the map, and
+`expected_percent` its mean probability, which corrects for confusions as far as the probabilities are calibrated and
+the classes as frequent as in training. For official areas, use a sample of reference data (Olofsson et al., 2014).
+
 --export writes the model to a file that other programs can run.
 """
 
@@ -22,14 +26,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice, repeat
+from itertools import chain, islice, product, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, TiffImagePlugin
 
 from common import EXIT_SOME_UNREADABLE, TTA_HELP
-from common import Checkpoint, ImageBatch, InferenceModel, LazyModule, Progress, UserError, View
+from common import Checkpoint, ImageBatch, ImageError, InferenceModel, LazyModule, Progress, UserError, View
 from common import add_hardware_options, apply_view, atomic_write, center_square, checkpoint_precision, checkpoint_views
 from common import command, crops_squares, csv_writer, find_images, fraction, in_batches, log, log_device, make_parser
 from common import new_figure, one_line, pick_device, positive_int, printable, read_batches, read_checkpoint, read_image
@@ -88,9 +92,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--export", type=Path, metavar="FILE", help=export_help)
     add = parser.add_argument_group("map of a large scene").add_argument
-    add("--scene", type=Path, metavar="IMAGE", help=f"an image of at most {MAX_SCENE_PIXELS // 10**6} million pixels")
-    add("--tile", type=positive_int, metavar="PIXELS", help="side of a tile (default: 64)")
-    add("--stride", type=positive_int, metavar="PIXELS", help="step between tiles, side of a cell (default: --tile)")
+    size_help = f"an image of at most {MAX_SCENE_PIXELS // 10**6} million pixels; of a TIFF, the first three bands"
+    add("--scene", type=Path, metavar="IMAGE", help=size_help)
+    add("--tile", type=positive_int, metavar="PIXELS", help="side of a tile (default: that of the training images)")
+    stride_help = "step between tiles, side of a cell (default: --tile); means of overlapping tiles are not calibrated"
+    add("--stride", type=positive_int, metavar="PIXELS", help=stride_help)
     add("--out", type=Path, metavar="DIR", help="folder for the map")
     add_hardware_options(parser)
     args = parser.parse_args(argv)
@@ -109,9 +115,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("--scene cannot be combined with IMAGE, --top-k, --format, --features, --plot or --explain")
         if not args.out:
             parser.error("--scene needs --out DIR, the folder for the map")
-        args.tile, args.stride = args.tile or 64, args.stride or args.tile or 64
-        if args.stride > args.tile:
-            parser.error(f"--stride {args.stride} would leave gaps between tiles of {args.tile} pixels")
     elif args.out or args.tile or args.stride:
         parser.error("--tile, --stride and --out need --scene")
     if args.explain and not args.plot:
@@ -127,15 +130,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output("--plot", args.plot, ".png")
     check_output("--features", args.features)
     check_output("--export", args.export, ".pt2", ".onnx")
-    scene = read_scene(args.scene, args.tile, args.out) if args.scene else None
     paths = list_paths(args.images, args.null)
     with contextlib.suppress(AttributeError):  # file names need not be UTF-8, nor is a pipe on Windows by default
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     device = pick_device("cpu" if args.export else args.device)
     checkpoint = read_checkpoint(args.checkpoint)
-    if args.export:
-        args.precision = "fp32"
-    model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
+    if args.scene:
+        tile, stride = pick_tile(args.tile, args.stride, checkpoint.native_size)
+        scene = read_scene(args.scene, tile, args.out)
+    precision = "fp32" if args.export else checkpoint_precision(checkpoint, args.precision)
+    model = InferenceModel(checkpoint, device, precision)
     log_device(device, [model.dtype])
     views, temperature = checkpoint_views(checkpoint, args.tta)
     familiarity = None if args.reject_unfamiliar is None else checkpoint.familiarity
@@ -144,10 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--reject-unfamiliar: {problem}")
     rejection = Rejection(args.min_confidence, args.reject_unfamiliar)
     classifier = Classifier(model, checkpoint.classes, views, temperature, familiarity, args.workers)
-    if scene:
+    if args.scene:
         args.out.mkdir(parents=True, exist_ok=True)
-        scene_map = map_scene(scene, classifier, args.tile, args.stride, rejection)
-        print(json.dumps(write_map(args.out, args.scene, scene, scene_map)))
+        print(json.dumps(write_map(args.out, args.scene, scene, map_scene(scene, classifier, tile, stride, rejection))))
         return 0
     if args.export:
         print(json.dumps(export(args.export, checkpoint, classifier, paths)))
@@ -580,24 +583,6 @@ GRAY = (128, 128, 128)  # the color of unknown
 COLORS = ("ccff00", "00cc00", "ffcc99", "660000", "990099", "00ffff", "ff66ff", "ff0000", "0000ff", "000066")
 
 
-class WorldFile(NamedTuple):
-    """Where the pixels of an image are on a map. The fields are in the order of the six lines of a world file."""
-
-    x_per_column: float  # the step to the next pixel on the right
-    y_per_column: float
-    x_per_row: float  # the step to the next pixel below
-    y_per_row: float
-    x: float  # the center of the upper left pixel
-    y: float
-
-    def scaled(self, factor: int) -> WorldFile:
-        """Return the world file of the image whose pixels are factor x factor of these."""
-        middle = (factor - 1) / 2  # from the center of the first pixel to that of the first larger one
-        x = self.x + middle * (self.x_per_column + self.x_per_row)
-        y = self.y + middle * (self.y_per_column + self.y_per_row)
-        return WorldFile(*(step * factor for step in self[:4]), x, y)
-
-
 class TileAxis(NamedTuple):
     """The tiles along one side of a scene, and the cells of its map."""
 
@@ -627,37 +612,124 @@ class SceneMap(NamedTuple):
     classes: torch.Tensor  # index into names, int64 [rows, columns]
     probabilities: torch.Tensor  # of the most probable class, float64 [rows, columns]
     percent: list[float]  # of the scene's area, for each name
-    cell: int  # side of a cell in pixels of the scene
+    expected_percent: list[float]  # the mean probability of each class over the area
+    tile: int  # side of a tile in pixels of the scene
+    cell: int  # side of a cell
     tiles: int  # how many were classified
 
 
+def pick_tile(tile: int | None, stride: int | None, native_size: int | None) -> tuple[int, int]:
+    """Return the sides of a tile and of a cell, by default the size of the training images."""
+    if not tile:
+        tile = native_size or 64
+        reason = "size of the training images" if native_size else "model of an earlier version"
+        log(f"tiles of {tile} pixels ({reason}; see --tile)")
+    if stride and stride > tile:
+        raise UserError(f"--stride {stride} would leave gaps between tiles of {tile} pixels")
+    return tile, stride or tile
+
+
 def read_scene(path: Path, tile: int, out: Path) -> Image.Image:
-    """Read a scene as RGB. Raises UserError if it is smaller than a tile, or if the map in `out` would replace it."""
+    """Read a scene. Raises UserError if it is smaller than a tile, or if the map in `out` would replace it."""
     Image.MAX_IMAGE_PIXELS = MAX_SCENE_PIXELS // 2  # Pillow warns above this number, and refuses twice as many
-    scene, world = read_image(path), read_world_file(path)
-    with Image.open(path) as raw:
-        turned = raw.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    if turned and world:  # programs disagree on what that means
-        raise UserError(f"{path} is turned by its EXIF tag, its world file is not: save it upright, without the tag")
-    if min(scene.size) < tile:
-        raise UserError(f"--tile {tile} is larger than {path}, which has {scene.width} x {scene.height} pixels")
-    if path.resolve() == (out / "map.png").resolve():
+    TiffImagePlugin.logger.disabled = True  # it prints an error that is raised anyway
+    for (order, end), name in product(((b"II", "L"), (b"MM", "B")), ("RGB", "RGBA")):
+        # Pillow reads bands of 16 bits if they are marked as RGB; GDAL marks them as gray and others by default.
+        key = (order, 1, (1,), 1, (16,) * len(name), (0,) * (len(name) - 1))
+        TiffImagePlugin.OPEN_INFO.setdefault(key, (name, f"{name};16{end}"))
+    try:
+        image = read_image(path)
+        with Image.open(path) as raw:
+            tags, turned = getattr(raw, "tag_v2", {}), raw.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            bits, color, planes = (tags.get(tag, default) for tag, default in ((258, (8,)), (262, 2), (284, 1)))
+            if planes == 2 and len(bits) > 1 and (max(bits) > 8 or color != 2):  # Pillow would read something else
+                raise ImageError(path, "its bands are stored one after the other")
+            if max(bits) == 16 and raw.mode in ("RGB", "RGBA"):
+                image = stretch_16_bits(image, raw)
+    except ImageError as error:
+        if path.suffix.lower() not in (".tif", ".tiff") or not path.is_file() or "limit" in error.reason:
+            raise
+        convert = f"gdal_translate -b 1 -b 2 -b 3 -co INTERLEAVE=PIXEL -co PHOTOMETRIC=RGB {path} rgb.tif"
+        raise UserError(f"{error}; try {convert} (with -ot Byte -scale for floats and signed numbers)") from None
+    if read_georeference(path) and turned:  # programs disagree on what that means
+        raise UserError(f"{path} is turned by its EXIF tag, its georeference is not: save it upright, without the tag")
+    if min(image.size) < tile:
+        raise UserError(f"--tile {tile} is larger than {path}, which has {image.width} x {image.height} pixels")
+    if path.resolve() in [(out / name).resolve() for name in ("map.png", "map.tif")]:
         raise UserError(f"the map would replace the scene, {path}; choose another --out")
-    return scene
+    return image
 
 
-def read_world_file(scene: Path) -> WorldFile | None:
-    """Read the world file beside a scene, that of its own format before others; return None if there is none."""
+def stretch_16_bits(high: Image.Image, raw: Image.Image) -> Image.Image:
+    """Return RGB of a TIFF of 16 bits, of which Pillow has read the higher bytes; 0 and 255 are percentiles 2 and 98.
+
+    One range for the three bands preserves the hue. Zeros, which are often nodata, do not count.
+    """
+    swapped = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}  # N: the order of this machine
+    for number, (*place, (rawmode, *others)) in enumerate(raw.tile):  # a swapped byte order gives the lower bytes
+        make = getattr(raw.tile[number], "_make", tuple)  # a named tuple in later versions of Pillow
+        raw.tile[number] = make((*place, (rawmode[:-1] + swapped[rawmode[-1]], *others)))
+    raw.load()
+    rows = math.ceil(2**20 / high.width)  # at a time, to save memory
+    tops, counts = range(0, high.height, rows), torch.zeros(1 << 16, dtype=torch.int64)
+
+    def read_rows(top: int) -> torch.Tensor:
+        box = 0, top, high.width, min(top + rows, high.height)
+        parts = (torch.frombuffer(bytearray(half.crop(box).tobytes()), dtype=torch.uint8) for half in (high, raw))
+        first, second = (part.view(box[3] - top, high.width, -1)[..., :3] for part in parts)
+        return 256 * first.int() + second
+
+    for top in tops:
+        counts += torch.bincount(read_rows(top).flatten(), minlength=len(counts))
+    shares = counts[1:].cumsum(0) / counts[1:].sum().clamp(min=1)
+    least, most = (torch.searchsorted(shares, torch.tensor([0.02, 0.98])) + 1).tolist()
+    log(f"16-bit scene: bands 1 to 3 are red, green, blue; {least} to {most} (percentiles 2 and 98) become 0 to 255")
+    table = ((torch.arange(len(counts)) - least) * (255 / max(1, most - least))).clamp(0, 255).round().byte()
+    for top in tops:
+        pixels = table[read_rows(top)]
+        high.paste(Image.frombytes("RGB", (high.width, len(pixels)), pixels.numpy().tobytes()), (0, top))
+    return high
+
+
+def read_georeference(path: Path, cell: int = 1) -> dict[int, Any]:
+    """Return the TIFF tags for the place of an image whose pixels are `cell` x `cell` pixels of a scene; {} if unknown.
+
+    They come from the tags of a GeoTIFF (OGC 19-008r4), or from the world file beside the scene.
+    """
+    with Image.open(path) as scene:
+        tags = getattr(scene, "tag_v2", {})
+    matrix, scale, tie, keys, *texts = (tags.get(tag, ()) for tag in (34264, 33550, 33922, 34735, 34736, 34737))
+    # Key 1025 is 2 if coordinates are those of the center of a pixel. Here, they are those of its upper left corner.
+    corner_keys = tuple(1 if keys[at - 3 : at + 1] == (1025, 0, 1, 2) else key for at, key in enumerate(keys))
+    centered = corner_keys != keys
+    if len(matrix) == 16:  # x = a column + b row + c, y = d column + e row + f
+        a, b, _, c, d, e, _, f = matrix[:8]
+    elif len(scale) >= 2 and len(tie) >= 6:
+        a, b, d, e = scale[0], 0.0, 0.0, -scale[1]
+        c, f = tie[3] - a * tie[0], tie[4] - e * tie[1]
+    elif world := read_world_file(path):
+        (a, d, b, e, c, f), centered = world, True
+    else:
+        return {}
+    c, f = c - centered * (a + b) / 2, f - centered * (d + e) / 2
+    place = (a * cell, b * cell, 0.0, c, d * cell, e * cell, 0.0, f, *[0.0] * 7, 1.0)
+    return {34264: place} | {tag: value for tag, value in zip((34735, 34736, 34737), (corner_keys, *texts)) if value}
+
+
+def read_world_file(scene: Path) -> list[float] | None:
+    """Return the numbers of the world file beside a scene, that of its own format before others, or None.
+
+    They are the steps in x and y to the next pixel on the right and to that below, and the center of the first one.
+    """
     own = f".{scene.suffix[1:2]}{scene.suffix[-1:]}w".lower()
     found = [file for file in scene.parent.iterdir() if file.stem == scene.stem and file.suffix.lower() in WORLD_FILES]
-    if not found:
-        return None
-    file, numbers = min(found, key=lambda file: (file.suffix.lower() != own, file.name)), []
-    with contextlib.suppress(ValueError):
-        numbers = [float(text) for text in file.read_text(encoding="ascii").split()]
-    if len(numbers) != 6 or not all(map(math.isfinite, numbers)):
+    for file in sorted(found, key=lambda file: (file.suffix.lower() != own, file.name)):
+        with contextlib.suppress(ValueError):
+            numbers = [float(text) for text in file.read_text(encoding="ascii").split()]
+            if len(numbers) == 6 and all(map(math.isfinite, numbers)):
+                return numbers
         raise UserError(f"{file} is not a world file, which has six numbers, one per line")
-    return WorldFile(*numbers)
+    return None
 
 
 def map_scene(scene: Image.Image, classifier: Classifier, tile: int, stride: int, rejection: Rejection) -> SceneMap:
@@ -673,40 +745,58 @@ def map_scene(scene: Image.Image, classifier: Classifier, tile: int, stride: int
     tiles = torch.cat([torch.cat(parts), torch.tensor(unfamiliar).double()[:, None]], 1).view(len(tops), len(lefts), -1)
     cells = torch.einsum("rt,tuc,ku->rkc", rows.cell_weights(), tiles, columns.cell_weights())
     probabilities, classes = cells[..., :-1].max(2)
+    if rejection.min_confidence and stride < tile:
+        log(
+            "warning: --min-confidence needs calibrated probabilities; averages of overlapping tiles are not calibrated"
+        )
     unknown = probabilities < rejection.min_confidence
     if rejection.unfamiliar_share is not None:
         unknown |= cells[..., -1] > 1 - rejection.unfamiliar_share
     classes[unknown] = len(classifier.classes)
     areas = torch.outer(rows.cell_sizes(), columns.cell_sizes())
+    expected = (100 * torch.einsum("rk,rkc->c", areas / areas.sum(), cells[..., :-1])).tolist()
     areas = torch.bincount(classes.flatten(), areas.flatten(), len(classifier.classes) + 1)
     percent, names = (100 * areas / areas.sum()).tolist(), [*classifier.classes, UNKNOWN]
-    return SceneMap(names, classes, probabilities, percent, stride, len(tops) * len(lefts))
+    return SceneMap(names, classes, probabilities, percent, expected, tile, stride, len(tops) * len(lefts))
 
 
 def write_map(folder: Path, path: Path, scene: Image.Image, scene_map: SceneMap) -> dict[str, Any]:
-    """Write map.csv, map.png, map.json, and map.pgw if the scene has a world file; return the content of map.json."""
-    names, world, factor = scene_map.names, read_world_file(path), math.ceil(max(scene.size) / MAX_MAP_SIDE)
+    """Write map.csv, map.png, map.tif and map.json; return the content of map.json."""
+    names, factor = scene_map.names, math.ceil(max(scene.size) / MAX_MAP_SIDE)
     rows, columns = scene_map.classes.shape
     cells = zip(scene_map.classes.flatten().tolist(), scene_map.probabilities.flatten().tolist())
     table = ((*divmod(number, columns), names[index], round(p, 6)) for number, (index, p) in enumerate(cells))
     write_csv(folder / "map.csv", ("row", "column", "class", "probability"), table)
     with atomic_write(folder / "map.png", "wb") as file:
         draw_map(scene.reduce(factor), scene_map, factor).save(file, format="png")
-    if world:
-        with atomic_write(folder / "map.pgw") as file:
-            file.writelines(f"{number!r}\n" for number in world.scaled(factor))
-    else:
-        (folder / "map.pgw").unlink(missing_ok=True)  # of an earlier map
+    (folder / "map.pgw").unlink(missing_ok=True)  # of an earlier version
+    with atomic_write(folder / "map.tif", "wb") as file:
+        raster = draw_raster(scene_map)
+        nodata = {42113: "255" if raster.mode == "P" else "65535"}  # GDAL's tag
+        raster.save(file, format="tiff", tiffinfo=read_georeference(path, scene_map.cell) | nodata)
     percent = dict.fromkeys(names, 0.0)
     for name, share in zip(names, scene_map.percent):  # a class may be called "unknown" too
         percent[name] += share
     report = {"scene": str(path), "map": str(folder / "map.png"), "tiles": scene_map.tiles}
-    report |= {"rows": rows, "columns": columns, "cell_pixels": scene_map.cell, "map_scale": factor}
-    report |= {"percent": {name: round(share, 4) for name, share in percent.items()}}
+    report |= {"rows": rows, "columns": columns, "tile_pixels": scene_map.tile, "cell_pixels": scene_map.cell}
+    report |= {"map_scale": factor, "percent": {name: round(share, 4) for name, share in percent.items()}}
+    report["expected_percent"] = dict(zip(names, (round(share, 4) for share in scene_map.expected_percent)))
+    report["classes"] = names[:-1]
     with atomic_write(folder / "map.json") as file:
         file.write(json.dumps(report, indent=2) + "\n")
-    log(f"wrote {folder}/map.png, map.csv, map.json" + (", map.pgw" if world else ""))
+    log(f"wrote {folder}/map.png, map.csv, map.tif, map.json")
     return report
+
+
+def draw_raster(scene_map: SceneMap) -> Image.Image:
+    """Return the class of each cell, unknown as 255; more than 255 classes take 16 bits, with 65535 and no colors."""
+    unknown = len(scene_map.names) - 1
+    mode, nodata = ("P", 255) if unknown <= 255 else ("I;16", 65535)
+    image = Image.new(mode, scene_map.classes.shape[::-1])
+    image.putdata([nodata if index == unknown else index for index in scene_map.classes.flatten().tolist()])
+    if mode == "P":
+        image.putpalette(b"".join(bytes(pick_color(index) if index < unknown else GRAY) for index in range(256)))
+    return image
 
 
 def pick_color(index: int) -> tuple[int, int, int]:

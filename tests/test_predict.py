@@ -483,8 +483,8 @@ def test_map_of_a_mosaic(classify, mosaic, tmp_path):
     percent = {name: 5 * sum(row.count(name) for row in truth) for name in COLORS}
     assert result.json["percent"] == pytest.approx({**percent, "unknown": 0})
     assert result.json == json.loads((out / "map.json").read_text())
-    keys = ["scene", "map", "tiles", "rows", "columns", "cell_pixels", "map_scale", "percent"]
-    assert list(result.json) == keys
+    keys = ["scene", "map", "tiles", "rows", "columns", "tile_pixels", "cell_pixels", "map_scale", "percent"]
+    assert list(result.json) == [*keys, "expected_percent", "classes"] and result.json["classes"] == list(COLORS)
     picture, gray_scene = Image.open(out / "map.png"), Image.open(scene).convert("L")
     assert picture.width > 160 and picture.height >= 128
     assert picture.getpixel((picture.width - 1, 0)) == (255, 255, 255)
@@ -492,10 +492,16 @@ def test_map_of_a_mosaic(classify, mosaic, tmp_path):
         pixel = 32 * column + 1, 32 * row + 30
         color, gray = predict.pick_color(list(COLORS).index(truth[row][column])), gray_scene.getpixel(pixel)
         assert picture.getpixel(pixel) == pytest.approx([0.6 * part + 0.4 * gray for part in color], abs=2)
-    assert (out / "map.pgw").read_text().split() == ["10.0", "0.5", "0.25", "-10.0", "500005.125", "4999995.0"]
-    Image.open(scene).crop((64, 32, 96, 64)).save(tmp_path / "one.png")
-    (single,) = records(classify(tmp_path / "one.png").out)
-    assert float(cells[1, 2]["probability"]) == pytest.approx(float(single["probability"]), abs=0.02)
+    for row, column in cells:
+        box = 32 * column, 32 * row, 32 * column + 32, 32 * row + 32
+        Image.open(scene).crop(box).save(tmp_path / "map" / f"tile-{row}-{column}.png")
+    singles = records(classify(*sorted(out.glob("tile-*")), "--top-k", 3).out)
+    expected, names = dict.fromkeys(COLORS, 0.0), [("class", "probability"), ("class_2", "probability_2")]
+    for single in singles:
+        for name, probability in [*names, ("class_3", "probability_3")]:
+            expected[single[name]] += 100 * float(single[probability]) / len(singles)
+    assert result.json["expected_percent"] == pytest.approx(expected, abs=0.5) and expected != percent
+    assert float(cells[1, 2]["probability"]) == pytest.approx(float(singles[7]["probability"]), abs=0.02)
 
 
 def test_overlaps_and_ragged_edges(classify, mosaic, tmp_path):
@@ -504,14 +510,17 @@ def test_overlaps_and_ragged_edges(classify, mosaic, tmp_path):
     Image.open(scene).crop((0, 0, 150, 100)).save(tmp_path / "ragged.png")
     argv = "--scene", tmp_path / "ragged.png", "--tile", 32, "--out", out
     report = classify(*argv).json
-    assert (report["rows"], report["columns"], report["tiles"]) == (4, 5, 20) and not (out / "map.pgw").exists()
+    assert (report["rows"], report["columns"], report["tiles"]) == (4, 5, 20)
     cells = read_cells(out)
     assert all(cells[row, column]["class"] == truth[row][column] for row in range(3) for column in range(4))
     report = classify(*argv, "--stride", 16).json
     cells = read_cells(out)
     assert (report["rows"], report["columns"], report["tiles"]) == (7, 10, 6 * 9) and len(cells) == 70
     assert cells[0, 0]["class"] == truth[0][0] and sum(report["percent"].values()) == pytest.approx(100, abs=0.01)
-    report = classify(*argv, "--stride", 16, "--min-confidence", 0.9).json
+    assert sum(report["expected_percent"].values()) == pytest.approx(100, abs=0.01)
+    result = classify(*argv, "--stride", 16, "--min-confidence", 0.9)
+    report = result.json
+    assert "not calibrated" in result.err
     unknown = {key for key, cell in read_cells(out).items() if cell["class"] == "unknown"}
     assert unknown == {key for key, cell in cells.items() if float(cell["probability"]) < 0.9}
     assert report["percent"]["unknown"] > 0
@@ -527,24 +536,154 @@ def test_arithmetic_of_tiles_and_cells():
 
 def test_a_large_map_is_scaled_down_in_place(classify, mosaic, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "MAX_MAP_SIDE", 40)
-    (tmp_path / "scene.PGW").rename(tmp_path / "scene.wld")
+    (tmp_path / "map").mkdir()
+    (tmp_path / "map" / "map.pgw").write_text("of an earlier version")
     result = classify("--scene", mosaic[0], "--tile", 32, "--out", tmp_path / "map")
     picture, white = Image.open(tmp_path / "map" / "map.png"), (255, 255, 255)
     assert result.json["map_scale"] == 4 and picture.getpixel((39, 31)) != white
     assert picture.getpixel((40, 31)) == white and picture.getpixel((39, 32)) == white
-    # The center of the map's first pixel is 1.5 pixels of the scene to the right of and below that of the scene's.
-    world = [float(number) for number in (tmp_path / "map" / "map.pgw").read_text().split()]
-    assert world == [40, 2, 1, -40, 500005.125 + 1.5 * 10.25, 4999995 - 1.5 * 9.5]
-    (tmp_path / "scene.wld").unlink()
-    classify("--scene", mosaic[0], "--tile", 32, "--out", tmp_path / "map")
-    assert not (tmp_path / "map" / "map.pgw").exists()  # that of the earlier map is removed
+    assert not (tmp_path / "map" / "map.pgw").exists()
+
+
+@pytest.fixture
+def write_scene(mosaic):
+    """Return a function that writes a TIFF of the mosaic with some changes, or other bands, and returns its path."""
+    rasterio = pytest.importorskip("rasterio")
+    numpy = pytest.importorskip("numpy")
+
+    def write(bands=None, tags=None, **profile):
+        pixels = numpy.asarray(Image.open(mosaic[0])).transpose(2, 0, 1)
+        bands, path = pixels if bands is None else bands(pixels.astype("int64")), mosaic[0].with_suffix(".tif")
+        profile = {"dtype": "uint8", "count": len(bands), "height": 128, "width": 160, **profile}
+        with rasterio.open(path, "w", driver="GTiff", **profile) as file:
+            file.write(bands[:, : profile["height"], : profile["width"]].astype(profile["dtype"]))
+            file.update_tags(**tags or {})
+        return path
+
+    return write
+
+
+NORTH_UP, ROTATED = (10, 0, 500000, 0, -10, 5200000), (8, 6, 500000, 6, -8, 5200000)
+
+
+@pytest.mark.filterwarnings("ignore")  # of rasterio, for a scene without georeference
+@pytest.mark.parametrize(
+    "transform, changes, options",
+    [
+        (NORTH_UP, {}, ()),
+        (NORTH_UP, {"tags": {"AREA_OR_POINT": "Point"}}, ()),
+        (NORTH_UP, {"height": 100, "width": 150}, ()),
+        (NORTH_UP, {}, ("--stride", 16, "--min-confidence", 0.9)),
+        (ROTATED, {}, ()),
+        (ROTATED, {"tags": {"AREA_OR_POINT": "Point"}}, ()),
+        (None, {"world": "10 0.5 0.25 -10 500005.125 5199995.25"}, ()),
+        (None, {"world": ""}, ()),
+    ],
+)
+def test_map_as_geotiff(classify, write_scene, tmp_path, transform, changes, options):
+    """Each cell lies on its pixels of the scene, in its coordinate system, with the colors of map.png."""
+    rasterio = pytest.importorskip("rasterio")
+    (tmp_path / "scene.PGW").unlink()
+    changes = dict(changes)
+    world = changes.pop("world", None)
+    place = {} if world is not None else {"transform": rasterio.Affine(*transform), "crs": "EPSG:32632"}
+    scene = write_scene(**place, **changes)
+    if world:
+        scene.with_suffix(".tfw").write_text(world.replace(" ", "\n"))
+    out = tmp_path / "map"
+    report = classify("--scene", scene, "--tile", 32, "--out", out, *options).json
+    with rasterio.open(scene) as source, rasterio.open(out / "map.tif") as raster:
+        assert (raster.crs, raster.nodata, raster.shape) == (source.crs, 255, (report["rows"], report["columns"]))
+        step = report["cell_pixels"] if place or world else 1
+        for row, column in ((0, 0), (0, 3), (2, 0), (2, 3)):
+            corner = source.transform * (step * column, step * row)
+            assert raster.transform * (column, row) == pytest.approx(corner, abs=1e-6)
+        names = {**dict(enumerate(report["classes"])), 255: "unknown"}
+        values, colors = raster.read(1), raster.colormap(1)
+    assert {key: names[values[key]] for key in read_cells(out)} == {
+        key: cell["class"] for key, cell in read_cells(out).items()
+    }
+    for index in range(len(COLORS)):
+        assert colors[index][:3] == pytest.approx(predict.pick_color(index), abs=1)
+    assert colors[255][:3] == predict.GRAY and ("unknown" in {names[value] for value in values.flat}) == bool(options)
+
+
+def test_the_map_of_many_classes_has_16_bits():
+    names, indices = [*map(str, range(300)), "unknown"], torch.tensor([[0, 299, 300]])
+    raster = predict.draw_raster(predict.SceneMap(names, indices, torch.ones(1, 3), [], [], 8, 8, 3))
+    assert raster.mode == "I;16" and [raster.getpixel((x, 0)) for x in range(3)] == [0, 299, 65535]
+
+
+@pytest.mark.filterwarnings("ignore")  # of rasterio, for a scene without georeference
+@pytest.mark.parametrize(
+    "count, options",
+    [
+        (3, {}),
+        (4, {"compress": "deflate", "predictor": 2, "tiled": True, "blockxsize": 64, "blockysize": 64}),
+        (4, {"photometric": "RGB", "ENDIANNESS": "BIG"}),
+        (3, {"photometric": "RGB", "compress": "lzw", "BIGTIFF": "YES"}),
+    ],
+)
+def test_scene_of_16_bits(classify, write_scene, mosaic, tmp_path, count, options):
+    """The 2nd to the 98th percentile of all that is not 0 become 0 to 255."""
+    numpy = pytest.importorskip("numpy")
+
+    def convert(pixels):
+        bands = numpy.concatenate([pixels, 255 - pixels[:1]])[:count] * 11 + 700
+        bands[:, :, :48] = 0  # nodata
+        return bands
+
+    scene = write_scene(convert, dtype="uint16", **options)
+    image = numpy.asarray(predict.read_scene(scene, 32, tmp_path))
+    result = classify("--scene", scene, "--tile", 32, "--out", tmp_path / "map")
+    pixels = convert(numpy.asarray(Image.open(mosaic[0])).astype("int64").transpose(2, 0, 1))[:3].transpose(1, 2, 0)
+    low, high = (numpy.percentile(pixels[:, 48:], share) for share in (2, 98))
+    assert numpy.abs(image - numpy.clip((pixels - low) / (high - low) * 255, 0, 255)).max() < 2
+    assert f"{low:.0f} to {high:.0f}" in result.err and "16-bit" in result.err
+    cells = read_cells(tmp_path / "map")
+    assert all(cells[row, column]["class"] == mosaic[1][row][column] for row in range(4) for column in range(2, 5))
+
+
+@pytest.mark.filterwarnings("ignore")  # of rasterio, for a scene without georeference
+def test_scene_of_four_bands_and_scenes_that_pillow_cannot_read(classify, write_scene, mosaic, tmp_path):
+    numpy = pytest.importorskip("numpy")
+    scene = write_scene(lambda bands: numpy.concatenate([bands, bands[:1]]), photometric="RGB", ALPHA="UNSPECIFIED")
+    assert predict.read_scene(scene, 32, tmp_path).tobytes() == Image.open(mosaic[0]).tobytes()
+    for changes in (
+        {"dtype": "uint16", "interleave": "band"},
+        {"interleave": "band", "compress": "deflate", "photometric": "MINISBLACK"},
+        {"dtype": "uint16", "interleave": "band", "photometric": "RGB"},
+        {"dtype": "float32"},
+        {"bands": lambda bands: numpy.concatenate([bands] * 4), "dtype": "uint16"},
+    ):
+        scene = write_scene(**changes)
+        message = classify("--scene", scene, "--tile", 32, "--out", tmp_path / "map", code=2).err
+        assert f"gdal_translate -b 1 -b 2 -b 3 -co INTERLEAVE=PIXEL -co PHOTOMETRIC=RGB {scene} rgb.tif" in message
+        assert len(message.strip().splitlines()) == 1
+
+
+def test_tiles_have_the_size_of_the_training_images(classify, trained, mosaic, tmp_path):
+    scene = "--scene", mosaic[0], "--out", tmp_path / "map"
+    result = classify(*scene)
+    assert load_pt(trained.model)["native_size"] == result.json["tile_pixels"] == 32
+    assert "tiles of 32 pixels (size of the training images" in result.err
+    assert "gaps" in classify(*scene, "--stride", 33, code=2).error[0]
+    content = load_pt(trained.model)
+    del content["native_size"]
+    torch.save(content, tmp_path / "old.pt")
+    result = classify(*scene, model=tmp_path / "old.pt")
+    assert result.json["tile_pixels"] == 64 and "tiles of 64 pixels (model of an earlier version" in result.err
+    changed = save_changed(trained, tmp_path / "new.pt", native_size=200)
+    assert "--tile 200 is larger than" in classify(*scene, model=changed, code=2).error[0]
+    changed = save_changed(trained, tmp_path / "new.pt", native_size=-1)
+    assert "invalid native_size" in classify(*scene, model=changed, code=2).error[0]
 
 
 def test_the_world_file_of_the_scenes_own_format_is_preferred(tmp_path):
     for suffix, first in ((".jgw", 1), (".pgw", 2), (".wld", 3)):
         (tmp_path / f"scene{suffix}").write_text(f"{first} 0 0 1 0 0")
     found = [predict.read_world_file(tmp_path / f"scene{suffix}") for suffix in (".jpg", ".png", ".tif")]
-    assert [world.x_per_column for world in found] == [1, 2, 1]
+    assert [world[0] for world in found] == [1, 2, 1]
     assert predict.read_world_file(tmp_path / "other.png") is None
 
 
@@ -593,7 +732,7 @@ def test_colors_of_classes_are_distinct():
 def test_a_legend_ends_with_the_sum_of_the_smallest_classes(monkeypatch):
     monkeypatch.setattr(predict, "LEGEND_ROWS", 2)
     indices, names = torch.tensor([[0, 1, 2, 3]]), ["a", "b", "c", "d", "unknown"]
-    scene_map = predict.SceneMap(names, indices, torch.ones(1, 4), [40.0, 30.0, 20.0, 10.0, 0.0], 8, 4)
+    scene_map = predict.SceneMap(names, indices, torch.ones(1, 4), [40.0, 30.0, 20.0, 10.0, 0.0], [], 8, 8, 4)
     labels, draw_text = [], ImageDraw.ImageDraw.text
 
     def record_text(draw, position, label, *args, **kwargs):
