@@ -47,9 +47,10 @@ from common import update_weights, usable_memory, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
+    import torchvision
     from torchvision.transforms import v2
 else:
-    torch, v2 = LazyModule("torch"), LazyModule("torchvision.transforms.v2")
+    torch, torchvision, v2 = map(LazyModule, ("torch", "torchvision", "torchvision.transforms.v2"))
 
 IMBALANCE_RATIO = 5  # warn if the largest class has at least this many times as many images as the smallest
 SIZE_SAMPLE = 500  # at most this many training images are measured for `native_size`
@@ -1744,51 +1745,33 @@ def log_trainable(backbone: torch.nn.Module, names: list[str]) -> None:
 
 
 def last_stage_modules(backbone: torch.nn.Module, size: int) -> list[str]:
-    """Return the names of the modules of a network's last stage, in the order in which they run.
+    """Return the names of the modules of a network's last stage, and of what follows it.
 
-    A stage is a sequence of modules that work at one resolution. The last stage begins with the first module whose
-    output map has the smallest side of all and whose input map has that side or the next larger one (a module that
-    covers more resolutions is replaced by its children), and ends with the network. If the maps do not shrink (vision
-    transformers), it is the last quarter of the longest sequence of equal blocks, and what follows.
+    A stage is a sequence of modules that work at one resolution. The last one begins with the first module whose output
+    map has the smallest side that layers with weights compute, and whose input map has that side or about twice that.
+    The maps of vision transformers do not shrink: there it is the last quarter of the blocks.
     """
-    started: list[str] = []
-    sides: dict[str, tuple[int | None, int | None]] = {}  # of the input and output maps of modules with weights
+    names = [name for name, _ in backbone.named_modules() if name]
+    if isinstance(backbone, torchvision.models.VisionTransformer):
+        blocks = [f"encoder.layers.{name}" for name, _ in backbone.encoder.layers.named_children()]
+        return names[names.index(blocks[-math.ceil(len(blocks) / 4)]) :]
+    sides: dict[str, tuple[int, int]] = {}  # of the input and output maps of each module
 
-    def side(value: Any) -> int | None:
-        return value.shape[2] if torch.is_tensor(value) and value.dim() == 4 else None
+    def record(name: str, _: torch.nn.Module, inputs: tuple, output: Any) -> None:
+        maps = [value for value in (*inputs, output) if torch.is_tensor(value) and value.dim() == 4]
+        if len(maps) == 2:
+            sides[name] = maps[0].shape[2], maps[1].shape[2]
 
-    def start(name: str, *_: object) -> None:
-        started.append(name)
-
-    def end(name: str, module: torch.nn.Module, inputs: tuple, output: Any) -> None:
-        if any(True for _ in module.parameters()):
-            sides.setdefault(name, (side(inputs[0] if inputs else None), side(output)))
-
-    hooks = []
-    for name, module in backbone.named_modules():
-        if name:
-            hooks.append(module.register_forward_pre_hook(functools.partial(start, name)))
-            hooks.append(module.register_forward_hook(functools.partial(end, name)))
-    if not hasattr(backbone, "image_size"):
-        size = max(size, 224)  # maps of smaller images shrink to single pixels before the end
+    hooks = [backbone.get_submodule(name).register_forward_hook(functools.partial(record, name)) for name in names]
+    size = max(size, 224)  # maps of smaller images shrink to single pixels before the end
     with torch.no_grad():
         backbone.eval()(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device))
     for hook in hooks:
         hook.remove()
     layers = [name for name in sides if any(True for _ in backbone.get_submodule(name).parameters(recurse=False))]
-    # Maps of 1x1 come from squeeze-and-excitation.
-    smallest = sorted({sides[name][1] for name in layers} - {None, 1})[:2]
-    stage = (name for name in started if sides.get(name, (0, 0))[0] in smallest and sides[name][1] == smallest[0])
-    first = next(stage, None)
-    if first is None or len(smallest) < 2:
-        rows = [
-            [f"{name}.{child}" for child, _ in module.named_children()]
-            for name, module in backbone.named_modules()
-            if name and len(set(map(type, module.children()))) == 1
-        ]
-        blocks = max(rows, key=len, default=started)
-        first = blocks[-math.ceil(len(blocks) / 4)]
-    return list(dict.fromkeys(started[started.index(first) :]))
+    smallest = min(sides[name][1] for name in layers if sides[name][1] > 1)  # those of 1x1 are squeeze-and-excitation
+    stage = (name for name in names if name in sides and sides[name][1] == smallest)
+    return names[names.index(next(name for name in stage if sides[name][0] < 3 * smallest)) :]
 
 
 class PixelStore:

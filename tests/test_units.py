@@ -436,7 +436,7 @@ def test_first_weights_depend_on_shape_and_seed():
     [
         ("resnet18", "layer4", "avgpool"),
         ("mobilenet_v3_small", "features.9", "classifier"),
-        ("vgg11", "features.16", "classifier"),
+        ("vgg11", "features.15", "classifier"),
         ("swin_t", "features.6", "head"),
         ("vit_b_32", "encoder.layers.encoder_layer_9", "encoder.ln"),
     ],
