@@ -223,9 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             old_model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
             old = measure_on_val(old_model, dataset, checkpoint.classes, val, args)
             del old_model  # to free memory
-        suspects = audit(model, dataset, cache, args) if args.audit else {}
+        data = frozen_features(model, dataset, cache, args)
+        suspects = audit(model, dataset, data, args) if args.audit and RANK == 0 else {}
         train_model = train_linear_probe if args.finetune == "head" else finetune
-        result = train_model(model, dataset, cache, args, files, unfinished, deadline)
+        result = train_model(model, dataset, data, args, files, unfinished, deadline)
         if incumbent:
             new = measure_on_val(model, dataset, dataset.classes, val, args)
         if RANK:
@@ -594,9 +595,9 @@ class Learner(Protocol):
     device: torch.device
     targets: dict[str, torch.Tensor]  # class indices [N] of each split, on the device
     steps_per_epoch: int
-    test_every: int  # number of epochs after which test is measured
-    distributed: bool  # whether every process computes a part of each step
-    parts: int  # number of parts in which the gradients of a batch are computed, to save memory
+    test_every: int = 1  # number of epochs after which test is measured
+    distributed: bool = False  # whether every process computes a part of each step
+    parts: int = 1  # number of parts in which the gradients of a batch are computed, to save memory
 
     def param_groups(self, hparams: Sequence[HParams]) -> list[dict]:
         """Return the optimizer's parameter groups, each with its `peak` learning rate and its `epochs`."""
@@ -612,6 +613,7 @@ class Learner(Protocol):
 
     def save_memory(self) -> bool:
         """Need less memory from now on; return False if that is not possible."""
+        return False
 
     def eval_batches(self, split: str, active: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield logits [B, A, C] and class indices [B] of the images of a split, unaugmented, without gradients."""
@@ -920,10 +922,38 @@ class LabeledFeatures(NamedTuple):
 ProbeData = dict[str, LabeledFeatures]  # of each split
 
 
+def frozen_features(
+    model: InferenceModel, dataset: Dataset, cache: FeatureCache, args: argparse.Namespace
+) -> ProbeData:
+    """Return the frozen network's features of each split; {} in all processes but the first.
+
+    If a classifier is to be trained with several views, train has all of them, and so has "sample", an evenly spaced
+    sample of val on which `temperature_tta` is fitted.
+    """
+    views = VIEWS[args.augment] if args.finetune == "head" else VIEWS["none"]
+    requests = {name: FeatureRequest(split, VIEWS["none"]) for name, split in dataset.splits.items()}
+    requests["train"] = FeatureRequest(dataset.splits["train"], views)
+    if "val" in requests and len(views) > 1:
+        requests["sample"] = FeatureRequest(sample_evenly(dataset.splits["val"]), views)
+    return label_features(model, requests, cache, args)
+
+
+def label_features(
+    model: InferenceModel, requests: dict[str, FeatureRequest], cache: FeatureCache, args: argparse.Namespace
+) -> ProbeData:
+    """Return the features of each request; each are on the device if they need at most half of a GPU's free memory."""
+    features, data = extract_features(model, list(requests.values()), cache, args.out, args.workers), {}
+    for (name, request), values in zip(requests.items(), features):
+        small = model.device.type != "cuda" or values.nbytes <= torch.cuda.mem_get_info(model.device)[0] / 2
+        device = model.device if small else values.device
+        data[name] = LabeledFeatures(values.to(device), request.split.targets.to(device))
+    return data
+
+
 def train_linear_probe(
     model: InferenceModel,
     dataset: Dataset,
-    cache: FeatureCache,
+    data: ProbeData,
     args: argparse.Namespace,
     files: RunFiles,
     unfinished: UnfinishedRun | None,
@@ -933,17 +963,9 @@ def train_linear_probe(
 
     With --tune the hyper-parameters are searched first. Only the first process trains.
     """
-    views = VIEWS[args.augment]
-    sample = calibration_sample(dataset, views)
-    splits = dataset.splits.items()
-    requests = [FeatureRequest(split, views if name == "train" else VIEWS["none"]) for name, split in splits]
-    requests += [FeatureRequest(sample, views)] if sample else []
-    features = extract_features(model, requests, cache, args.out, args.workers)
     if RANK:
         return TrainingResult([])  # one process is enough for a linear probe
-    sample_features = features.pop() if sample else None
-    data = label_features(dataset, features, model.device)
-    del features  # on a GPU, data are copies
+    sample = data.pop("sample", None)
     head = standardized_head(model.head, data["train"].features)
     options = train_options(args, dataset, deadline)
     if unfinished:
@@ -970,7 +992,7 @@ def train_linear_probe(
     best = best_run(runs).best
     head.load_state_dict(best.weights)
     fold_standardization(head, model.head)
-    temperature = calibrate_views(model, sample_features, sample, options) if sample else best.temperature
+    temperature = calibrate_views(model, sample, options) if sample else best.temperature
     return TrainingResult(runs, temperature, fit_familiarity(data["train"].features, data.get("val")))
 
 
@@ -986,17 +1008,9 @@ def class_weights(dataset: Dataset, args: argparse.Namespace) -> torch.Tensor:
     return balanced_weights(dataset.splits["train"].targets) if balanced else torch.ones(len(dataset.classes))
 
 
-def calibration_sample(dataset: Dataset, views: Sequence[View]) -> Split | None:
-    """Return an evenly spaced sample of val to fit `temperature_tta` on; None without val, or with a single view."""
-    if "val" not in dataset.splits or len(views) == 1:
-        return None
-    val = dataset.splits["val"]
-    return sample_evenly(val, CALIBRATION_SAMPLE)
-
-
-def sample_evenly(split: Split, count: int) -> Split:
-    """Return at most `count` images, evenly spread over the split."""
-    return split.select(range(0, len(split), math.ceil(len(split) / count)))
+def sample_evenly(split: Split) -> Split:
+    """Return at most CALIBRATION_SAMPLE images, evenly spread over the split."""
+    return split.select(range(0, len(split), math.ceil(len(split) / CALIBRATION_SAMPLE)))
 
 
 def fit_familiarity(train: torch.Tensor, val: LabeledFeatures | None) -> dict[str, torch.Tensor]:
@@ -1017,25 +1031,14 @@ def fit_familiarity(train: torch.Tensor, val: LabeledFeatures | None) -> dict[st
     return {**familiarity, "residuals": residuals.clone()}
 
 
-def calibrate_views(model: InferenceModel, features: torch.Tensor, sample: Split, options: TrainOptions) -> float:
-    """Return the temperature for probabilities averaged over views, from features [views, N, D] of a sample of val.
+def calibrate_views(model: InferenceModel, sample: LabeledFeatures, options: TrainOptions) -> float:
+    """Return the temperature for probabilities averaged over views, from a sample of val.
 
     The average has a temperature of its own (Rahaman and Thiery, Uncertainty quantification and deep ensembles, NeurIPS
     2021): disagreement between the views already lowers its confidence.
     """
-    logits = average_views(model.forward_cached(view) for view in features)
-    return calibrate(logits, sample.targets, options.class_weights[sample.targets])[0]
-
-
-def label_features(dataset: Dataset, features: list[torch.Tensor], device: torch.device) -> ProbeData:
-    """Join each split's features with its targets, on the device if they need at most half of a GPU's free memory."""
-    data = {}
-    for (name, split), values in zip(dataset.splits.items(), features):
-        if device.type != "cuda" or values.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
-            data[name] = LabeledFeatures(values.to(device), split.targets.to(device))
-        else:
-            data[name] = LabeledFeatures(values, split.targets)
-    return data
+    logits, targets = average_views(map(model.forward_cached, sample.features)), sample.targets.cpu()
+    return calibrate(logits, targets, options.class_weights[targets])[0]
 
 
 def standardized_head(classifier: torch.nn.Linear, features: torch.Tensor) -> torch.nn.Sequential:
@@ -1076,15 +1079,12 @@ def fold_standardization(head: torch.nn.Sequential, classifier: torch.nn.Linear)
             classifier.bias.copy_((linear.bias.detach().cpu().double() - weight @ mean).float())
 
 
-class LinearProbes:
-    """Linear classifiers that learn side by side from the same features; implements `Learner`.
+class LinearProbes(Learner):
+    """Linear classifiers that learn side by side from the same features.
 
     As each head is one Linear layer behind the same standardization, all are computed as one wide layer: 64 of them
     cost little more than one.
     """
-
-    distributed = False
-    test_every = parts = 1
 
     def __init__(self, head: torch.nn.Sequential, data: ProbeData, options: TrainOptions, count: int = 1) -> None:
         self.heads = [copy.deepcopy(head) for _ in range(count)]
@@ -1113,12 +1113,6 @@ class LinearProbes:
         bias = None if linear.bias is None else torch.cat([layer.bias for layer in layers])
         logits = torch.nn.functional.linear(standardize(inputs), weight, bias)
         return logits.unflatten(1, (len(active), linear.out_features))
-
-    def clip_gradients(self) -> None:
-        """Do nothing: only fine-tuning clips gradients."""
-
-    def save_memory(self) -> bool:
-        return False
 
     def eval_batches(self, split: str, active: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         features, targets = self.data[split]
@@ -1238,7 +1232,7 @@ class BlindProbes(LinearProbes):
         return torch.cat([logits[torch.arange(len(own)), own] for logits, own in chunks])
 
 
-def audit(model: InferenceModel, dataset: Dataset, cache: FeatureCache, args: argparse.Namespace) -> dict[str, int]:
+def audit(model: InferenceModel, dataset: Dataset, data: ProbeData, args: argparse.Namespace) -> dict[str, int]:
     """Look for wrong labels and near-duplicates, and return how many were found; the files are written to OUT.
 
     Five classifiers judge the images of train and val, each those from which it has not learned (confident learning;
@@ -1246,16 +1240,13 @@ def audit(model: InferenceModel, dataset: Dataset, cache: FeatureCache, args: ar
     and near-duplicates are common in well-known test sets (Northcutt, Athalye and Mueller, NeurIPS Datasets 2021; Barz
     and Denzler, Do we train on test data?, 2020).
     """
-    requests = [FeatureRequest(split, VIEWS["none"]) for split in dataset.splits.values()]
-    features = extract_features(model, requests, cache, args.out, args.workers)
-    if RANK:
-        return {}
     start, splits = time.monotonic(), list(dataset.splits)
     paths, sha256 = [], []
     for split in dataset.splits.values():
         paths, sha256 = paths + split.paths, sha256 + split.sha256
     names = [name for name, split in dataset.splits.items() for _ in split.paths]
-    features, targets = torch.cat(features, 1), torch.cat([split.targets for split in dataset.splits.values()])
+    features = torch.cat([data[name].features[:1].cpu() for name in splits], 1)  # of the images as they are
+    targets = torch.cat([split.targets for split in dataset.splits.values()])
     learned = torch.tensor([name != "test" for name in names])
     probabilities = judge_images(model, features, targets, sha256, learned, args)
     suspects, suspicious = find_suspects(probabilities, targets, learned)
@@ -1478,7 +1469,7 @@ class Augmentation:
 def finetune(
     model: InferenceModel,
     dataset: Dataset,
-    cache: FeatureCache,
+    data: ProbeData,
     args: argparse.Namespace,
     files: RunFiles,
     unfinished: UnfinishedRun | None,
@@ -1493,11 +1484,9 @@ def finetune(
     crop = args.augment != "dihedral"  # images from above have one scale, which crops would change
     mix = count >= MIX_MIN_IMAGES
     augmentation = Augmentation(VIEWS[args.augment], len(dataset.classes), args.strong, crop, mix)
-    requests = [FeatureRequest(split, VIEWS["none"]) for split in dataset.splits.values()]
-    features = extract_features(model, requests, cache, args.out, args.workers)
     probe_hparams = replace(hparams, lr=HEAD_LR, epochs=head_epochs(count, args.batch_size))
-    head = broadcast_from_rank0(lambda: train_head_alone(model, dataset, features, probe_hparams, options))
-    del features
+    head = broadcast_from_rank0(lambda: train_head_alone(model, data, probe_hparams, options))
+    data.clear()  # to free memory
     learner = FineTuner(
         *(model, head, dataset, options, augmentation, args.finetune, args.backbone_lr, args.clip_norm),
         test_every=min(math.ceil(args.epochs / 5), TEST_EVERY),
@@ -1519,21 +1508,16 @@ def finetune(
     trained = learner.updated_model()
     fold_standardization(learner.network.head, trained.head)
     del learner, before  # to free memory
-    samples = {
-        name: sample_evenly(split, CALIBRATION_SAMPLE) for name, split in dataset.splits.items() if name != "test"
-    }
-    requests = [FeatureRequest(sample, augmentation.views) for sample in samples.values()]
-    requests[0] = FeatureRequest(samples["train"], VIEWS["none"])
-    features = extract_features(trained, requests, FeatureCache(None, {}), args.out, args.workers)
+    requests = {"train": FeatureRequest(sample_evenly(dataset.splits["train"]), VIEWS["none"])}
+    if "val" in dataset.splits:
+        requests["val"] = FeatureRequest(sample_evenly(dataset.splits["val"]), augmentation.views)
+    samples = label_features(trained, requests, FeatureCache(None, {}), args)
     if RANK:
         return TrainingResult([run])
-    if "val" not in samples:
-        return TrainingResult([run], run.best.temperature, fit_familiarity(features[0], None))
     temperature = run.best.temperature
-    if len(augmentation.views) > 1:
-        temperature = calibrate_views(trained, features[1], samples["val"], options)
-    val = LabeledFeatures(features[1], samples["val"].targets)
-    return TrainingResult([run], temperature, fit_familiarity(features[0], val))
+    if "val" in samples and len(augmentation.views) > 1:
+        temperature = calibrate_views(trained, samples["val"], options)
+    return TrainingResult([run], temperature, fit_familiarity(samples["train"].features, samples.get("val")))
 
 
 def interpolate(learner: FineTuner, before: dict[str, torch.Tensor], run: Run, options: TrainOptions) -> Run:
@@ -1575,10 +1559,9 @@ def interpolate(learner: FineTuner, before: dict[str, torch.Tensor], run: Run, o
 
 
 def train_head_alone(
-    model: InferenceModel, dataset: Dataset, features: list[torch.Tensor], hparams: HParams, options: TrainOptions
+    model: InferenceModel, data: ProbeData, hparams: HParams, options: TrainOptions
 ) -> torch.nn.Sequential:
     """Train the classifier on the frozen network's features, as the starting point of fine-tuning."""
-    data = label_features(dataset, features, model.device)
     head = standardized_head(model.head, data["train"].features)
     options = replace(options, warmup=0, patience=None, deadline=math.inf)
     splits = [split for split in data if split != "train"]
@@ -1607,8 +1590,8 @@ def build_network(backbone: torch.nn.Module, head: torch.nn.Module, dtype: torch
     return FineTunedNetwork()
 
 
-class FineTuner:
-    """The network, or its last stage, with its classifier, trained on images; implements `Learner`.
+class FineTuner(Learner):
+    """The network, or its last stage, with its classifier, trained on images.
 
     `network` is what is trained, and `parallel_network` the same in parallel; `model` is the inference model with which
     it is evaluated.
@@ -1655,7 +1638,7 @@ class FineTuner:
         without_norms = [module for module in trainable if not is_batchnorm(module)]
         # Pre-trained BatchNorm keeps its statistics: it stays in eval mode.
         self.in_train_mode = trainable if learn_statistics else without_norms
-        self.parts, self.smallest = 1, count // self.steps_per_epoch // WORLD_SIZE
+        self.smallest = count // self.steps_per_epoch // WORLD_SIZE
         if self.smallest < 1 + (len(self.in_train_mode) > len(without_norms)):
             raise UserError(
                 f"a step has {self.smallest} images in some process, too few to train on (BatchNorm with random "
@@ -1792,24 +1775,19 @@ class PixelStore:
                 self.resident[name] = pixels
                 room -= pixels.nbytes
 
-    def load(self, split: Split, room: float) -> torch.Tensor | None:
+    def load(self, split: Split, room: float, resized: bool = False) -> torch.Tensor | None:
         """Return the pixels of a split, uint8 [N, 3, s, s] on the device; None if they take more than `room` bytes."""
-        size, interpolation = self.model.preprocessing["size"], self.model.preprocessing["interpolation"]
-        pixels, done = torch.empty(0, 3, 0, 0, dtype=torch.uint8), 0
-        for part in self.read(split, torch.arange(len(split)).split(self.model.batch_size)):
-            if done and part.shape[-1] != pixels.shape[-1]:  # the sizes of the files differ
-                part = resize(part, size, interpolation)
-            if len(split) * part[0].nbytes > room:
-                return None
-            if part.shape[-1] != pixels.shape[-1]:
-                larger = torch.empty(len(split), *part.shape[1:], dtype=torch.uint8, device=self.model.device)
-                if done:
-                    parts = zip(larger[:done].split(self.model.batch_size), pixels[:done].split(self.model.batch_size))
-                    for target, stored in parts:
-                        target.copy_(resize(stored, size, interpolation))
-                pixels = larger
-            pixels[done : done + len(part)] = part
-            done += len(part)
+        chunks, pixels = torch.arange(len(split)).split(self.model.batch_size), None
+        for rows, part in zip(chunks, self.read(split, chunks)):
+            if resized:
+                part = resize(part, self.model.preprocessing["size"], self.model.preprocessing["interpolation"])
+            if pixels is None:
+                if len(split) * part[0].nbytes > room:
+                    return None
+                pixels = torch.empty(len(split), *part.shape[1:], dtype=torch.uint8, device=self.model.device)
+            if part.shape[1:] != pixels.shape[1:]:  # the sizes of the files differ: start again
+                return self.load(split, room, resized=True)
+            pixels[rows] = part
         return pixels
 
     def read(self, split: Split, chunks: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:

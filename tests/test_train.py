@@ -839,7 +839,9 @@ def test_audit_finds_wrong_labels_and_near_duplicates(run, tree, tmp_path):
     image.save(copy)
     shutil.copy(data / "train" / "red" / "red 8.png", data / "test" / "red" / "equal.png")
     before = stamps(data)
-    result = run("train", "--data", data, "--out", out, "--epochs", 5, "--audit", *SMALL)
+    args = ["--epochs", 5, "--cache", tmp_path / "cache", *SMALL]
+    result = run("train", "--data", data, "--out", out, "--audit", *args)
+    assert "remembered" not in result.err  # audit and training share one pass
     rows = read_csv(out / "audit.csv")
     found = {row["path"]: (row["split"], row["class"], row["suggested"]) for row in rows[:3]}
     assert found == wrong and all(float(row["probability_of_suggested"]) > 0.5 for row in rows[:3])
