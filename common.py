@@ -23,6 +23,7 @@ import importlib
 import io
 import json
 import math
+import mmap
 import os
 import platform
 import signal
@@ -1420,17 +1421,12 @@ def extract_features(
         log(f"features: {known} remembered in {cache.folder}, {count} to compute")
     # Batches after which the results are collected, which a GPU and other processes have to wait for.
     interval = 1 if WORLD_SIZE == 1 and model.device.type == "cpu" else max(1, 4096 // model.batch_size)
-    own = missing[RANK::WORLD_SIZE]
-    computed, pending = compute_features(model, requests, own, workers), []
-    rounds = math.ceil(len(missing) / WORLD_SIZE)
+    computed = compute_features(model, requests, missing[RANK::WORLD_SIZE], workers)
     try:
         with Progress("features", count) as progress:
-            for number in range(1, rounds + 1):
-                pending += islice(computed, 1)
-                if number % interval and number < rounds:
-                    continue
-                fetched = fetch_features(pending)
-                pending = []
+            for _ in range(0, len(missing), interval * WORLD_SIZE):
+                pending = list(islice(computed, interval))
+                fetched = [(batch, features.cpu()) for batch, features in pending]
                 for batch, features in fetched if WORLD_SIZE == 1 else all_gather_list(fetched):
                     progress.update(len(batch.rows) * len(batch.views))
                     if RANK == 0:
@@ -1479,34 +1475,20 @@ def compute_features(
         yield batch, model.forward_views(read_batch.complete_pixels(), views).to(model.dtype)
 
 
-def fetch_features(computed: list[tuple[MissingBatch, torch.Tensor]]) -> list[tuple[MissingBatch, torch.Tensor]]:
-    """Return the results of `compute_features` on the CPU, copied from a GPU in one go."""
-    if not computed:
-        return []
-    features = torch.cat([part.flatten(0, 1) for _, part in computed]).cpu()
-    sizes = [part.shape[:2].numel() for _, part in computed]
-    return [(batch, rows.view(part.shape)) for (batch, part), rows in zip(computed, features.split(sizes))]
-
-
 def allocate_features(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
     """Return an uninitialized tensor in memory, or, with a folder, mapped from a temporary file there."""
     if folder is None:
         return torch.empty(shape, dtype=dtype)
-    count = math.prod(shape)
-    handle, file = tempfile.mkstemp(prefix=".features.", suffix=".tmp", dir=folder)
-    gigabytes = count * dtype.itemsize / 1e9
-    log(f"features of {gigabytes:.1f} GB are mapped from disk, in {folder}")
+    size = math.prod(shape) * dtype.itemsize
+    log(f"features of {size / 1e9:.1f} GB are mapped from disk, in {folder}")
     try:
-        if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, not a crash later
-            os.posix_fallocate(handle, 0, max(1, count * dtype.itemsize))
-        return torch.from_file(file, shared=True, size=count, dtype=dtype).view(shape)
+        with tempfile.TemporaryFile(dir=folder) as file:  # without a name; its content lives as long as the tensor
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, not a crash later
+                os.posix_fallocate(file.fileno(), 0, size)
+            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
     except OSError as error:
-        reason = f"no room to map {gigabytes:.1f} GB of features: {error.strerror}"
-        raise OSError(error.errno, reason, str(folder)) from None
-    finally:
-        os.close(handle)
-        with contextlib.suppress(OSError):  # Windows: the next run removes it
-            os.unlink(file)  # the mapping lives as long as the tensor
+        raise OSError(error.errno, f"no room to map features: {error.strerror}", str(folder)) from None
 
 
 def relative_residuals(features: torch.Tensor, familiarity: dict[str, torch.Tensor]) -> torch.Tensor:
