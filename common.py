@@ -1095,15 +1095,24 @@ def list_architectures() -> list[str]:
     return [name for name in names if not name.startswith("squeezenet")]
 
 
+class PretrainedWeights(NamedTuple):
+    """What --weights stands for."""
+
+    name: str
+    state_dict: dict[str, torch.Tensor] | None  # None for random weights
+    preprocessing: dict  # with which the weights were trained
+    transform_input: bool = True  # whether GoogLeNet and Inception rescale their input, as with ImageNet weights
+    hashes: dict[str, torch.Tensor] = {}  # `train_hashes` and `val_hashes`, if these images have shaped the backbone
+
+
 def load_pretrained(
     arch: str, weights: str | None, num_classes: int, image_size: int | None, resize_mode: str | None, seed: int
 ) -> Network:
     """Build torchvision's `arch` with pre-trained weights and a new classifier for `num_classes` classes.
 
-    `weights` is the name of a torchvision weights entry, a file (a torchvision state dict or a checkpoint of train.py),
-    "none" for random weights, or None for the default entry. `image_size` and `resize_mode` replace what the
-    preprocessing of these weights has. Raises UserError for an unknown architecture, for weights
-    that are not available or do not fit, and for an impossible image size.
+    `weights` is as in `find_weights`; `image_size` and `resize_mode` replace what the preprocessing of these weights
+    has. Raises UserError for an unknown architecture, for weights that are not available or do not fit, and for an
+    impossible image size.
     """
     if arch.startswith("squeezenet"):
         raise UserError(f"--arch {arch}: SqueezeNet classifies by a convolution; only linear classifiers are supported")
@@ -1111,36 +1120,12 @@ def load_pretrained(
         close = difflib.get_close_matches(arch, list_architectures(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see --list-archs"
         raise UserError(f"unknown --arch {arch}; {hint}")
-    entries = torchvision.models.get_model_weights(arch)
-    names = dict(entries.__members__)
-    name = weights or ("IMAGENET1K_V1" if "IMAGENET1K_V1" in names else "DEFAULT")
-    name = name.removeprefix(f"{entries.__name__}.")
-    entry = names.get(name) or names.get("IMAGENET1K_V1") or entries.DEFAULT
-    preprocessing, state_dict, transform_input = entry_preprocessing(entry), None, name != "none"
-    hashes = {}
-    if name in names:
-        state_dict = download_weights(arch, entry)
-    elif name == "none":
-        log(f"warning: --weights none: {arch} has random weights; a frozen random network has poor features")
-    elif Path(name).exists():
-        state_dict = read_torch_file(name)
-        if is_checkpoint(state_dict):
-            checkpoint = read_checkpoint(name)
-            if checkpoint.arch != arch:
-                raise UserError(f"{name} is a {checkpoint.arch}; pass --arch {checkpoint.arch}")
-            state_dict, preprocessing = checkpoint.model.state_dict(), {"resize": "crop", **checkpoint.preprocessing}
-            transform_input = checkpoint.model_kwargs.get("transform_input", False)
-            fine_tuned = checkpoint.args.get("finetune", "head") != "head"
-            # A frozen backbone has seen no images, unless the checkpoint remembers more than it was trained on.
-            if fine_tuned or len(checkpoint.train_hashes) > checkpoint.metrics.get("measured", {}).get("train", 0):
-                hashes = {"train_hashes": checkpoint.train_hashes, "val_hashes": checkpoint.val_hashes}
-    else:
-        raise UserError(f"--weights {name}: neither a file nor one of {', '.join(names)}, none")
+    pretrained = find_weights(arch, weights)
+    preprocessing, state_dict, kwargs = dict(pretrained.preprocessing), pretrained.state_dict, {}
     preprocessing["size"] = image_size or preprocessing["size"]
     preprocessing["resize"] = resize_mode or preprocessing["resize"]
-    kwargs = {}
-    if arch in ("googlenet", "inception_v3"):  # no auxiliary classifiers; the input scale of their ImageNet weights
-        kwargs = {"aux_logits": False, "transform_input": transform_input}
+    if arch in ("googlenet", "inception_v3"):  # without auxiliary classifiers
+        kwargs = {"aux_logits": False, "transform_input": pretrained.transform_input}
     elif arch.startswith("vit_"):
         kwargs = {"image_size": preprocessing["size"]}
     torch.manual_seed(seed)
@@ -1155,8 +1140,42 @@ def load_pretrained(
         unused = (f"{classifier}.", "aux1.", "aux2.", "AuxLogits.")
         state_dict = {key: value for key, value in state_dict.items() if not key.startswith(unused)}
         what = f"{arch} of {preprocessing['size']} pixels" if "image_size" in kwargs else arch
-        load_weights(model, {**state_dict, **own}, f"{what} (choose another with --arch)", name)
-    return Network(arch, {"num_classes": num_classes, **kwargs}, preprocessing, model, **hashes)
+        load_weights(model, {**state_dict, **own}, f"{what} (choose another with --arch)", pretrained.name)
+    return Network(arch, {"num_classes": num_classes, **kwargs}, preprocessing, model, **pretrained.hashes)
+
+
+def find_weights(arch: str, weights: str | None) -> PretrainedWeights:
+    """Download or read weights: the name of a torchvision entry, a file, "none", or None for the default entry.
+
+    A file has a torchvision state dict or a checkpoint of train.py. Raises UserError for weights that are not
+    available, or are those of another architecture.
+    """
+    entries = torchvision.models.get_model_weights(arch)
+    names = dict(entries.__members__)
+    name = weights or ("IMAGENET1K_V1" if "IMAGENET1K_V1" in names else "DEFAULT")
+    name = name.removeprefix(f"{entries.__name__}.")
+    entry = names.get(name) or names.get("IMAGENET1K_V1") or entries.DEFAULT
+    preprocessing = entry_preprocessing(entry)
+    if name in names:
+        return PretrainedWeights(name, download_weights(arch, entry), preprocessing)
+    if name == "none":
+        log(f"warning: --weights none: {arch} has random weights; a frozen random network has poor features")
+        return PretrainedWeights(name, None, preprocessing, transform_input=False)
+    if not Path(name).exists():
+        raise UserError(f"--weights {name}: neither a file nor one of {', '.join(names)}, none")
+    content = read_torch_file(name)
+    if not is_checkpoint(content):
+        return PretrainedWeights(name, content, preprocessing)
+    checkpoint, hashes = read_checkpoint(name), {}
+    if checkpoint.arch != arch:
+        raise UserError(f"{name} is a {checkpoint.arch}; pass --arch {checkpoint.arch}")
+    fine_tuned = checkpoint.args.get("finetune", "head") != "head"
+    # A frozen backbone has seen no images, unless the checkpoint remembers more than it was trained on.
+    if fine_tuned or len(checkpoint.train_hashes) > checkpoint.metrics.get("measured", {}).get("train", 0):
+        hashes = {"train_hashes": checkpoint.train_hashes, "val_hashes": checkpoint.val_hashes}
+    preprocessing = {"resize": "crop", **checkpoint.preprocessing}
+    transform_input = checkpoint.model_kwargs.get("transform_input", False)
+    return PretrainedWeights(name, checkpoint.model.state_dict(), preprocessing, transform_input, hashes)
 
 
 def entry_preprocessing(entry: Any) -> dict:
