@@ -217,28 +217,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             check_resumable(unfinished, files.settings, args.out)
         if args.restart and RANK == 0:  # not before all input has been read
             (args.out / "last.pt").unlink(missing_ok=True)
-        if incumbent:  # before training, so that a model that cannot be used is reported now
-            log(f"--only-if-better: measuring {args.out / 'model.pt'} on val")
-            checkpoint, val = incumbent.checkpoint, incumbent.val
-            old_model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
-            old = measure_on_val(old_model, dataset, checkpoint.classes, val, args)
-            del old_model  # to free memory
+        # Before training, so that a model that cannot be used is reported now.
+        old = measure_incumbent(incumbent, device, dataset, args) if incumbent else None
         data = frozen_features(model, dataset, cache, args)
         suspects = audit(model, dataset, data, args) if args.audit and RANK == 0 else {}
         train_model = train_linear_probe if args.finetune == "head" else finetune
         result = train_model(model, dataset, data, args, files, unfinished, deadline)
-        if incumbent:
-            new = measure_on_val(model, dataset, dataset.classes, val, args)
+        new = measure_on_val(model, dataset, dataset.classes, incumbent.val, args) if incumbent else None
         if RANK:
             return None  # the first process alone writes the files and the report
         run = best_run(result.runs)
         row = run.best.row
-        comparison = {}
-        if incumbent:
-            comparison = compare_models(old, new, args.out / "model.pt")
-        elif args.only_if_better:
-            comparison = {"kept_old": False, "old_val_acc": None, "old_val_loss_calibrated": None}
-            comparison["val_loss_calibrated"] = run.best.calibrated_nll
+        comparison = compare_models(old, new, run.best, args.out / "model.pt") if args.only_if_better else {}
         better = not comparison.get("kept_old")
         if better:
             files.publish(checkpoint_content(model, dataset, run, result, vars(args)), run, args)
@@ -358,14 +348,14 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, Network, UnfinishedRun |
     for leftover in args.out.glob(".*.tmp"):  # left behind by a killed run
         leftover.unlink()
     unfinished = read_unfinished(args.out, args.resume, args.restart)
-    old = read_incumbent(args.out / "model.pt", classes, args.data) if args.only_if_better else None
     network = load_pretrained(args.arch, args.weights, len(classes), args.image_size, args.resize, args.seed)
     splits = {}
     for name, (paths, targets) in listing.items():
         splits[name] = Split(paths, torch.tensor(targets), hash_images(paths, args.workers))
     warn_of_shared_images(splits, network)
-    incumbent = Incumbent(old, unseen_images(splits["val"], old, network, args.out / "model.pt")) if old else None
-    return Dataset(classes, splits), network, unfinished, incumbent
+    dataset = Dataset(classes, splits)
+    incumbent = read_incumbent(args.out / "model.pt", dataset, network, args.data) if args.only_if_better else None
+    return dataset, network, unfinished, incumbent
 
 
 def with_defaults(args: argparse.Namespace, dataset: Dataset, network: Network) -> argparse.Namespace:
@@ -412,25 +402,6 @@ def warn_of_shared_images(splits: dict[str, Split], network: Network) -> None:
     for name, split in splits.items():
         if name != "train" and (seen := are_among(split.sha256, network.train_hashes).sum().item()):
             log(f"warning: {seen} of {len(split)} images of {name} were used to train --weights")
-
-
-def unseen_images(val: Split, old: Checkpoint, network: Network, path: Path) -> Split:
-    """Return the val images on which neither the old model nor the network to be trained was trained.
-
-    Raises UserError if they are fewer than half.
-    """
-    if not len(old.train_hashes):
-        log(f"--only-if-better: {path} does not say which images it was trained on; some of val may be among them")
-    known = torch.cat([old.train_hashes, network.train_hashes])
-    rows = (~are_among(val.sha256, known)).nonzero()[:, 0].tolist()
-    trained = f"{path} or --weights" if len(network.train_hashes) else path
-    seen = f"{trained} was trained on {len(val) - len(rows)} of the {len(val)} images of val"
-    if 2 * len(rows) < len(val):
-        advice = "if the data were split again, train once without --only-if-better"
-        raise UserError(f"--only-if-better: {seen}, too many for a comparison; {advice}")
-    if len(rows) < len(val):
-        log(f"--only-if-better: {seen}, which are left out of the comparison")
-    return val.select(rows)
 
 
 def list_tree(data: Path, needs_val: list[str]) -> tuple[list[str], dict[str, tuple[list[str], list[int]]]]:
@@ -507,18 +478,33 @@ def read_unfinished(folder: Path, resume: bool, restart: bool) -> UnfinishedRun 
     return unfinished
 
 
-def read_incumbent(path: Path, classes: list[str], data: Path) -> Checkpoint | None:
-    """Read the model that --only-if-better compares with, if there is one. Raises UserError if its classes differ."""
+def read_incumbent(path: Path, dataset: Dataset, network: Network, data: Path) -> Incumbent | None:
+    """Read the model that --only-if-better compares with, if there is one.
+
+    The comparison leaves out the val images on which it or the network to be trained was trained. Raises UserError if
+    these are more than half, or if the classes differ.
+    """
     if not path.exists():
         log(f"--only-if-better: there is no {path} yet")
         return None
-    incumbent = read_checkpoint(path)
-    if different := sorted(set(classes) ^ set(incumbent.classes)):
+    old, val = read_checkpoint(path), dataset.splits["val"]
+    if different := sorted(set(dataset.classes) ^ set(old.classes)):
         raise UserError(
             f"--only-if-better: {path} and {data} cannot be compared, because only one of them has the class "
             f"{', '.join(different[:5])}; choose another --out"
         )
-    return incumbent
+    if not len(old.train_hashes):
+        log(f"--only-if-better: {path} does not say which images it was trained on; some of val may be among them")
+    known = torch.cat([old.train_hashes, network.train_hashes])
+    rows = (~are_among(val.sha256, known)).nonzero()[:, 0].tolist()
+    trained = f"{path} or --weights" if len(network.train_hashes) else path
+    seen = f"{trained} was trained on {len(val) - len(rows)} of the {len(val)} images of val"
+    if 2 * len(rows) < len(val):
+        advice = "if the data were split again, train once without --only-if-better"
+        raise UserError(f"--only-if-better: {seen}, too many for a comparison; {advice}")
+    if len(rows) < len(val):
+        log(f"--only-if-better: {seen}, which are left out of the comparison")
+    return Incumbent(old, val.select(rows))
 
 
 def run_settings(arguments: dict, dataset: Dataset, features_key: dict) -> dict:
@@ -568,8 +554,21 @@ def measure_on_val(
     return ValResult(loss, logits.argmax(1) == targets)
 
 
-def compare_models(old: ValResult, new: ValResult, path: Path) -> dict[str, Any]:
-    """Compare the new model with the one in OUT: log and return the result, with its keys in the JSON line."""
+def measure_incumbent(
+    incumbent: Incumbent, device: torch.device, dataset: Dataset, args: argparse.Namespace
+) -> ValResult | None:
+    """Measure the model in OUT with which --only-if-better compares."""
+    log(f"--only-if-better: measuring {args.out / 'model.pt'} on val")
+    checkpoint = incumbent.checkpoint
+    model = InferenceModel(checkpoint, device, checkpoint_precision(checkpoint, args.precision))
+    return measure_on_val(model, dataset, checkpoint.classes, incumbent.val, args)
+
+
+def compare_models(old: ValResult | None, new: ValResult | None, best: Epoch, path: Path) -> dict[str, Any]:
+    """Compare the new model with the one in OUT, if any: log and return the result, with its keys in the JSON line."""
+    if not old:
+        kept = {"kept_old": False, "old_val_acc": None, "old_val_loss_calibrated": None}
+        return {**kept, "val_loss_calibrated": best.calibrated_nll}
     kept_old = new.calibrated_nll > old.calibrated_nll
     only_new, only_old = ((a & ~b).sum().item() for a, b in ((new.correct, old.correct), (old.correct, new.correct)))
     value, low, high = (f"{100 * share:+.2f}" for share in paired_difference(only_new, only_old, len(old.correct)))
