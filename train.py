@@ -1251,10 +1251,9 @@ def audit(model: InferenceModel, dataset: Dataset, data: ProbeData, args: argpar
     suspects, suspicious = find_suspects(probabilities, targets, learned)
     numbers = torch.tensor([splits.index(name) for name in names])
     pairs = find_duplicates(features[0], targets, numbers, sha256, model.dtype, model.device)
-    images = [AuditedImage(*values) for values in zip(paths, names, targets.tolist())]
-    report = AuditReport(args.data, args.out, dataset.classes, images)
-    report.write_suspects(suspects, suspicious, probabilities)
-    report.write_duplicates(pairs)
+    images = [AuditedImage(args.data, *values) for values in zip(paths, names, targets.tolist())]
+    write_suspects(args.out, dataset.classes, images, suspects, suspicious, probabilities)
+    write_duplicates(args.out, dataset.classes, images, pairs)
     log(
         f"audit: {suspicious.sum()} of {len(paths)} labels are suspicious ({args.out / 'audit.csv'}), and {len(pairs)} "
         f"pairs of near-duplicates are in different splits or classes ({args.out / 'duplicates.csv'}); the data are "
@@ -1389,66 +1388,62 @@ def most_alike(
 class AuditedImage(NamedTuple):
     """An image of the data set."""
 
+    data: Path  # the tree
     path: str
     split: str
     target: int  # class index
 
+    def place(self) -> str:
+        """Return the path inside the tree, as in splits.csv."""
+        return Path(self.path).relative_to(self.data).as_posix()
 
-@dataclass
-class AuditReport:
-    """The files of the audit in OUT. Paths in the CSV files are relative to DATA, as in splits.csv."""
+    def picture(self, classes: list[str], note: str = "") -> tuple[str, str]:
+        """Return the path, and a caption with name, split, class and a note."""
+        name, class_name = printable(Path(self.path).name)[-24:], printable(classes[self.target])
+        return self.path, f"{name} ({self.split})\nclass: {class_name}{note}"
 
-    data: Path
-    out: Path
-    classes: list[str]
-    images: list[AuditedImage]
 
-    def write_suspects(self, suspects: list[int], suspicious: torch.Tensor, probabilities: torch.Tensor) -> None:
-        """Write audit.csv, and draw its first images in audit.png."""
-        rows, pictures = [], []
-        for number in suspects:
-            path, split, label = self.images[number]
-            suggested = probabilities[number].argmax().item()
-            own, other = (round(probabilities[number, index].item(), 6) for index in (label, suggested))
-            names = self.classes[label], self.classes[suggested]
-            rows.append((self.relative(path), split, *names, own, other, int(suspicious[number])))
-            if not suspicious[number]:
-                continue
-            texts = [self.caption(number), f"suggested: {printable(self.classes[suggested])} {other:.1%}"]
-            pictures.append((path, "\n".join(texts)))
-        header = ("path", "split", "class", "suggested", "probability_of_class", "probability_of_suggested")
-        header = (*header, "suspicious")
-        write_csv(self.out / "audit.csv", header, rows)
-        self.draw("audit.png", pictures, f"{min(SHOWN, len(pictures))} of {len(pictures)} suspicious labels")
+def write_suspects(
+    out: Path,
+    classes: list[str],
+    images: list[AuditedImage],
+    suspects: list[int],
+    suspicious: torch.Tensor,
+    probabilities: torch.Tensor,
+) -> None:
+    """Write audit.csv, and draw its first images in audit.png."""
+    header = "path split class suggested probability_of_class probability_of_suggested suspicious"
+    rows, pictures = [], []
+    for number in suspects:
+        image, suggested = images[number], probabilities[number].argmax().item()
+        own, other = (round(probabilities[number, index].item(), 6) for index in (image.target, suggested))
+        names = classes[image.target], classes[suggested]
+        rows.append((image.place(), image.split, *names, own, other, int(suspicious[number])))
+        if suspicious[number]:
+            pictures.append(image.picture(classes, f"\nsuggested: {printable(classes[suggested])} {other:.1%}"))
+    title = f"{min(SHOWN, len(pictures))} of {len(pictures)} suspicious labels"
+    write_findings(out / "audit.csv", header.split(), rows, pictures, title)
 
-    def write_duplicates(self, pairs: list[Pair]) -> None:
-        """Write duplicates.csv, and draw its first pairs in duplicates.png."""
-        rows, pictures = [], []
-        for first, second, similarity in pairs:
-            (path, split, label), (other_path, other_split, other_label) = self.images[first], self.images[second]
-            names = self.classes[label], self.classes[other_label]
-            rows.append((*map(self.relative, (path, other_path)), split, other_split, *names, round(similarity, 6)))
-            pictures += [(path, self.caption(first)), (other_path, self.caption(second))]
-        header = ("path", "other_path", "split", "other_split", "class", "other_class", "similarity")
-        write_csv(self.out / "duplicates.csv", header, rows)
-        title = f"{min(SHOWN // 2, len(rows))} of {len(rows)} pairs of near-duplicates, side by side"
-        self.draw("duplicates.png", pictures, title)
 
-    def draw(self, name: str, pictures: list[tuple[str, str]], title: str) -> None:
-        """Draw the first images, given as (path, caption); without any, remove an earlier file."""
-        if pictures:
-            draw_images(self.out / name, pictures[:SHOWN], columns=6, title=title)
-        else:
-            (self.out / name).unlink(missing_ok=True)
+def write_duplicates(out: Path, classes: list[str], images: list[AuditedImage], pairs: list[Pair]) -> None:
+    """Write duplicates.csv, and draw its first pairs in duplicates.png."""
+    header = "path other_path split other_split class other_class similarity"
+    rows, pictures = [], []
+    for pair in pairs:
+        both = images[pair.first], images[pair.second]
+        columns = *(image.place() for image in both), *(image.split for image in both)
+        rows.append((*columns, *(classes[image.target] for image in both), round(pair.similarity, 6)))
+        pictures += [image.picture(classes) for image in both]
+    title = f"{min(SHOWN // 2, len(rows))} of {len(rows)} pairs of near-duplicates, side by side"
+    write_findings(out / "duplicates.csv", header.split(), rows, pictures, title)
 
-    def relative(self, path: str) -> str:
-        """Return a path relative to DATA."""
-        return Path(path).relative_to(self.data).as_posix()
 
-    def caption(self, number: int) -> str:
-        """Return the name, the split and the class of an image as two lines."""
-        path, split, label = self.images[number]
-        return f"{printable(Path(path).name)[-24:]} ({split})\nclass: {printable(self.classes[label])}"
+def write_findings(path: Path, header: list[str], rows: list[tuple], pictures: list, title: str) -> None:
+    """Write a CSV file, and draw the first pictures beside it; without any, remove those of an earlier audit."""
+    write_csv(path, header, rows)
+    path.with_suffix(".png").unlink(missing_ok=True)
+    if pictures:
+        draw_images(path.with_suffix(".png"), pictures[:SHOWN], columns=6, title=title)
 
 
 # ---------------------------------------------------------------- fine-tuning: the network on images
