@@ -592,6 +592,7 @@ class Learner(Protocol):
     """
 
     device: torch.device
+    options: TrainOptions
     targets: dict[str, torch.Tensor]  # class indices [N] of each split, on the device
     steps_per_epoch: int
     test_every: int = 1  # number of epochs after which test is measured
@@ -651,7 +652,6 @@ def fit(
     learner: Learner,
     runs: Sequence[Run],
     splits: Sequence[str],
-    options: TrainOptions,
     unfinished: UnfinishedRun | None = None,
     after_epoch: Callable[[Run, Epoch, dict, dict], None] | None = None,
 ) -> list[Run]:
@@ -662,7 +662,7 @@ def fit(
     and after_epoch(run, epoch, optimizer state, weights) is called for the first model. `unfinished` continues its run.
     Raises UserError if the loss of a single model is not finite; with several models, that model ranks last.
     """
-    groups = learner.param_groups([run.hparams for run in runs])
+    options, groups = learner.options, learner.param_groups([run.hparams for run in runs])
     optimizer = torch.optim.AdamW(groups, fused=learner.device.type != "mps")
     runs = [replace(run, history=[]) for run in runs]
     if unfinished:
@@ -681,9 +681,9 @@ def fit(
             reason = "no time for another" if epoch > limit else f"{options.patience} epochs without improvement on val"
             log(f"stopped after epoch {epoch - 1}: {reason}")
             break
-        train_one_epoch(learner, optimizer, runs, active, epoch, limit, options)
+        train_one_epoch(learner, optimizer, runs, active, epoch, limit)
         skipped = "test" if epoch % learner.test_every and epoch < max(lengths) else None
-        results = {split: evaluate(learner, split, active, options) for split in splits if split != skipped}
+        results = {split: evaluate(learner, split, active) for split in splits if split != skipped}
         if len(runs) == 1:
             check_finite([measured[0].loss for measured in results.values()], epoch, optimizer)
         seconds = round(time.monotonic() - start, 3)
@@ -700,22 +700,16 @@ def fit(
 
 
 def train_one_epoch(
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    runs: Sequence[Run],
-    active: list[int],
-    epoch: int,
-    limit: float,
-    options: TrainOptions,
+    learner: Learner, optimizer: torch.optim.Optimizer, runs: Sequence[Run], active: list[int], epoch: int, limit: float
 ) -> None:
     """Train the active models for one epoch of a schedule that ends after `limit` epochs at the latest."""
-    weights = options.class_weights.to(learner.device)
+    weights = learner.options.class_weights.to(learner.device)
     smoothing = torch.tensor([runs[index].hparams.label_smoothing for index in active], device=learner.device)
     losses, steps = [], learner.steps_per_epoch
     for step, (inputs, targets, loss_weight) in enumerate(learner.train_batches(epoch)):
         for group in optimizer.param_groups:
             length = min(group["epochs"], limit)
-            group["lr"] = group["peak"] * lr_factor(epoch - 1 + step / steps, length, options.warmup)
+            group["lr"] = group["peak"] * lr_factor(epoch - 1 + step / steps, length, learner.options.warmup)
         loss = None
         while loss is None:
             optimizer.zero_grad()
@@ -753,7 +747,7 @@ def backward(
     return losses
 
 
-def evaluate(learner: Learner, split: str, active: list[int], options: TrainOptions) -> list[Measurement]:
+def evaluate(learner: Learner, split: str, active: list[int]) -> list[Measurement]:
     """Measure each active model on a split. Class weights affect the temperature and the loss calibrated by it."""
     losses = correct = count = 0
     kept = []
@@ -773,7 +767,7 @@ def evaluate(learner: Learner, split: str, active: list[int], options: TrainOpti
     results = [Measurement(count, loss, acc) for loss, acc in pairs]
     if kept:
         logits, targets = (torch.cat(parts) for parts in zip(*kept))
-        weights = options.class_weights[targets]
+        weights = learner.options.class_weights[targets]
         for result, own in zip(results, logits.unbind(1)):
             result.temperature, result.calibrated_nll = calibrate(own, targets, weights)
     # On other processors the last bits may differ, and with them decisions in which all processes have to agree.
@@ -986,7 +980,7 @@ def train_linear_probe(
         if seed != args.seed:  # for the first seed, load_pretrained has drawn the weights
             initialize_classifier(probes.heads[0][1], seed)
         save = functools.partial(files.record_epoch, runs)
-        runs = [*runs, *fit(probes, [Run(hparams, seed)], list(data), options, unfinished, save)]
+        runs = [*runs, *fit(probes, [Run(hparams, seed)], list(data), unfinished, save)]
         unfinished = None
     best = best_run(runs).best
     head.load_state_dict(best.weights)
@@ -1087,7 +1081,7 @@ class LinearProbes(Learner):
 
     def __init__(self, head: torch.nn.Sequential, data: ProbeData, options: TrainOptions, count: int = 1) -> None:
         self.heads = [copy.deepcopy(head) for _ in range(count)]
-        self.data, self.batch_size, self.seed = data, options.batch_size, options.seed
+        self.data, self.options = data, options
         self.targets = {split: labeled.targets for split, labeled in data.items()}
         self.device = head[1].weight.device
         self.steps_per_epoch = math.ceil(len(self.targets["train"]) / options.batch_size)
@@ -1098,10 +1092,10 @@ class LinearProbes(Learner):
     def train_batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
         """Yield batches whose order and views depend on seed and epoch alone."""
         features, targets = self.data["train"]
-        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch, "order"))
+        generator = torch.Generator().manual_seed(epoch_seed(self.options.seed, epoch, "order"))
         order = torch.randperm(len(targets), generator=generator).to(targets.device)
         views = torch.randint(len(features), targets.shape, generator=generator).to(targets.device)
-        for rows in order.split(self.batch_size):
+        for rows in order.split(self.options.batch_size):
             self.rows = rows  # of the batch, for subclasses
             yield features[views[rows], rows].to(self.device, torch.float32), targets[rows].to(self.device), 1.0
 
@@ -1146,7 +1140,7 @@ def tune(
     # The last third of the time is for the final training.
     options = replace(options, deadline=start + (options.deadline - start) * 2 / 3)
     probes = LinearProbes(head, data, options, count)
-    runs = fit(probes, [Run(hparams, options.seed) for hparams in candidates], ["val"], options)
+    runs = fit(probes, [Run(hparams, options.seed) for hparams in candidates], ["val"])
     winner = max(range(count), key=lambda index: selection_key(runs[index].best))
     rows = []
     for index, run in enumerate(runs):
@@ -1282,7 +1276,7 @@ def judge_images(
     options = TrainOptions(args.batch_size, args.seed, ones)
     probes = BlindProbes(head, labeled, folds, options)
     hparams = HParams(HEAD_LR, 0.0, 0.0, head_epochs(len(own), args.batch_size))
-    fit(probes, [Run(hparams, args.seed)] * FOLDS, [], options)
+    fit(probes, [Run(hparams, args.seed)] * FOLDS, [])
     blind = probes.blind_logits()
     temperature, _ = calibrate(blind, targets[own], ones[targets[own]])
     probabilities = torch.empty(len(targets), blind.shape[1], dtype=torch.float64)
@@ -1490,14 +1484,14 @@ def finetune(
     before = learner.state_dict(0)
     save = functools.partial(files.record_epoch, []) if RANK == 0 else None
     try:
-        (run,) = fit(learner, [Run(hparams, args.seed)], list(dataset.splits), options, unfinished, save)
+        (run,) = fit(learner, [Run(hparams, args.seed)], list(dataset.splits), unfinished, save)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         advice = f"--batch-size {args.batch_size // 2}" if args.batch_size > WORLD_SIZE else "a smaller --image-size"
         batches = f"batches of {args.batch_size} images of {model.preprocessing['size']} pixels"
         raise UserError(f"not enough memory on {model.device} for {batches}: try {advice}") from None
-    run = interpolate(learner, before, run, options)
+    run = interpolate(learner, before, run)
     learner.load_state_dict(run.best.weights)
     trained = learner.updated_model()
     fold_standardization(learner.network.head, trained.head)
@@ -1514,7 +1508,7 @@ def finetune(
     return TrainingResult([run], temperature, fit_familiarity(samples["train"].features, samples.get("val")))
 
 
-def interpolate(learner: FineTuner, before: dict[str, torch.Tensor], run: Run, options: TrainOptions) -> Run:
+def interpolate(learner: FineTuner, before: dict[str, torch.Tensor], run: Run) -> Run:
     """Return the run with the best weights on the line from the network before fine-tuning to its best epoch.
 
     The weights are (1 - alpha) * before + alpha * after, with the alpha that is best on val (WiSE-FT; Wortsman et al.,
@@ -1529,7 +1523,7 @@ def interpolate(learner: FineTuner, before: dict[str, torch.Tensor], run: Run, o
         pairs = ((key, before[key], value) for key, value in after.items())
         weights = {key: torch.lerp(a, b, alpha) if b.is_floating_point() else b for key, a, b in pairs}
         learner.load_state_dict(weights)
-        measured = {split: evaluate(learner, split, [0], options)[0] for split in splits}
+        measured = {split: evaluate(learner, split, [0])[0] for split in splits}
         return replace(make_epoch(row["epoch"], row["lr"], measured, row["seconds"]), weights=weights)
 
     if "test" in splits and row["test_loss"] is None:
@@ -1559,7 +1553,7 @@ def train_head_alone(
     head = standardized_head(model.head, data["train"].features)
     options = replace(options, warmup=0, patience=None, deadline=math.inf)
     splits = [split for split in data if split != "train"]
-    (run,) = fit(LinearProbes(head, data, options), [Run(hparams, options.seed)], splits, options)
+    (run,) = fit(LinearProbes(head, data, options), [Run(hparams, options.seed)], splits)
     log(f"the classifier alone, {hparams.epochs} epochs: {format_metrics(run.best.row)}")
     head.load_state_dict(run.best.weights)
     return head.cpu()
@@ -1612,7 +1606,7 @@ class FineTuner(Learner):
         `learn_statistics` is for a network with random weights: its BatchNorm layers also update their running
         statistics.
         """
-        self.device, self.augmentation, self.seed = model.device, augmentation, options.seed
+        self.device, self.options, self.augmentation = model.device, options, augmentation
         self.backbone_lr, self.clip_norm, self.test_every = backbone_lr, clip_norm, test_every
         self.targets = {name: split.targets.to(self.device) for name, split in dataset.splits.items()}
         count = len(dataset.splits["train"])
@@ -1653,12 +1647,12 @@ class FineTuner(Learner):
     def train_batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
         """Yield normalized images; all that is random depends on seed, epoch and process alone."""
         targets = self.targets["train"]
-        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch, "order"))
+        generator = torch.Generator().manual_seed(epoch_seed(self.options.seed, epoch, "order"))
         order = torch.randperm(len(targets), generator=generator)
         # All indices are sent at once, because sending those of each step would synchronize the GPU.
         steps = order.to(self.device).tensor_split(self.steps_per_epoch)
         own = [rows[RANK::WORLD_SIZE] for rows in steps]
-        torch.manual_seed(epoch_seed(self.seed, epoch, f"process {RANK}"))  # for dropout and augmentation
+        torch.manual_seed(epoch_seed(self.options.seed, epoch, f"process {RANK}"))  # for dropout and augmentation
         for module in self.in_train_mode:
             module.training = True
         self.model_is_current = False

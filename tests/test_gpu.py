@@ -371,11 +371,11 @@ def test_training_a_classifier_stays_on_the_device(fake, monkeypatch):
             {"train": values[1]},
             GPU,
         )
-        options = train.TrainOptions(16, 0, torch.ones(3))
+        probes.options = train.TrainOptions(16, 0, torch.ones(3))
         optimizer = torch.optim.AdamW(probes.param_groups([hparams, hparams]))
         skip_backward(monkeypatch, [parameter for own in probes.heads for parameter in own.parameters()])
         runs = [train.Run(hparams, 0), train.Run(hparams, 0)]
-        train.train_one_epoch(probes, optimizer, runs, [0, 1], 1, 1, options)
+        train.train_one_epoch(probes, optimizer, runs, [0, 1], 1, 1)
         for logits, targets in probes.eval_batches("train", [0, 1]):
             assert logits.device == targets.device == GPU
 

@@ -195,8 +195,8 @@ def test_class_weights_apply_to_the_calibrated_loss():
     head = train.standardized_head(nn.Linear(6, 2), data["train"].features)
     weights = train.balanced_weights(data["train"].targets)
     options, equal = (train.TrainOptions(8, 0, own) for own in (weights, torch.ones(2)))
-    learner = train.LinearProbes(head, data, options)
-    (measured,), (plain,) = (train.evaluate(learner, "val", [0], own) for own in (options, equal))
+    learners = (train.LinearProbes(head, data, own) for own in (options, equal))
+    (measured,), (plain,) = (train.evaluate(learner, "val", [0]) for learner in learners)
     logits, targets = head(data["val"].features[0]).detach(), data["val"].targets
     assert measured.calibrated_nll == pytest.approx(train.calibrate(logits, targets, weights[targets])[1])
     assert measured.loss == plain.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
@@ -254,13 +254,10 @@ def test_probes_side_by_side_learn_as_alone(bias):
     ]
     options = train.TrainOptions(8, 0, torch.ones(3))
     together = train.fit(
-        train.LinearProbes(head, data, options, count=3),
-        [train.Run(hparams, 0) for hparams in configurations],
-        ["val"],
-        options,
+        train.LinearProbes(head, data, options, count=3), [train.Run(hparams, 0) for hparams in configurations], ["val"]
     )
     for run in together:
-        (alone,) = train.fit(train.LinearProbes(head, data, options), [train.Run(run.hparams, 0)], ["val"], options)
+        (alone,) = train.fit(train.LinearProbes(head, data, options), [train.Run(run.hparams, 0)], ["val"])
         assert len(alone.history) == len(run.history) == run.hparams.epochs
         assert alone.best.row["epoch"] == run.best.row["epoch"]
         assert all(
@@ -820,7 +817,7 @@ def test_blind_classifiers_do_not_learn_from_their_own_fold():
     options = train.TrainOptions(32, 0, torch.ones(3))
     labeled = train.LabeledFeatures(features, targets)
     probes = train.BlindProbes(head, labeled, folds, options)
-    train.fit(probes, [train.Run(train.HParams(1e-2, 0.0, 0.0, 30), 0)] * train.FOLDS, [], options)
+    train.fit(probes, [train.Run(train.HParams(1e-2, 0.0, 0.0, 30), 0)] * train.FOLDS, [])
     blind = (probes.blind_logits().argmax(1) == targets).float().mean()
     probes.folds = (folds + 1) % train.FOLDS
     assert blind < 0.5 and (probes.blind_logits().argmax(1) == targets).float().mean() == 1
