@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         args = with_defaults(args, dataset, network)
         model = InferenceModel(network, device, args.precision)
         cache = FeatureCache.open(model, args)
-        files = RunFiles(args.out, run_settings(vars(args), dataset, cache.key), not args.only_if_better)
+        files = RunFiles(args.out, run_settings(vars(args), dataset, cache.key), unfinished, not args.only_if_better)
         if unfinished:
             check_resumable(unfinished, files.settings, args.out)
         if args.restart and RANK == 0:  # not before all input has been read
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         data = frozen_features(model, dataset, cache, args)
         suspects = audit(model, dataset, data, args) if args.audit and RANK == 0 else {}
         train_model = train_linear_probe if args.finetune == "head" else finetune
-        result = train_model(model, dataset, data, args, files, unfinished, deadline)
+        result = train_model(model, dataset, data, args, files, deadline)
         new = measure_on_val(model, dataset, dataset.classes, incumbent.val, args) if incumbent else None
         if RANK:
             return None  # the first process alone writes the files and the report
@@ -944,13 +944,7 @@ def label_features(
 
 
 def train_linear_probe(
-    model: InferenceModel,
-    dataset: Dataset,
-    data: ProbeData,
-    args: argparse.Namespace,
-    files: RunFiles,
-    unfinished: UnfinishedRun | None,
-    deadline: float,
+    model: InferenceModel, dataset: Dataset, data: ProbeData, args: argparse.Namespace, files: RunFiles, deadline: float
 ) -> TrainingResult:
     """Train the classifier on the frozen network's features, and write the best one into the model.
 
@@ -960,7 +954,7 @@ def train_linear_probe(
         return TrainingResult([])  # one process is enough for a linear probe
     sample = data.pop("sample", None)
     head = standardized_head(model.head, data["train"].features)
-    options = train_options(args, dataset, deadline)
+    options, unfinished = train_options(args, dataset, deadline), files.unfinished
     if unfinished:
         hparams, runs = unfinished.run.hparams, unfinished.completed
     else:
@@ -1241,7 +1235,7 @@ def audit(model: InferenceModel, dataset: Dataset, data: ProbeData, args: argpar
     features = torch.cat([data[name].features[:1].cpu() for name in splits], 1)  # of the images as they are
     targets = torch.cat([split.targets for split in dataset.splits.values()])
     learned = torch.tensor([name != "test" for name in names])
-    probabilities = judge_images(model, features, targets, sha256, learned, args)
+    probabilities = judge_images(model, LabeledFeatures(features, targets), sha256, learned, args)
     suspects, suspicious = find_suspects(probabilities, targets, learned)
     numbers = torch.tensor([splits.index(name) for name in names])
     pairs = find_duplicates(features[0], targets, numbers, sha256, model.dtype, model.device)
@@ -1257,17 +1251,13 @@ def audit(model: InferenceModel, dataset: Dataset, data: ProbeData, args: argpar
 
 
 def judge_images(
-    model: InferenceModel,
-    features: torch.Tensor,
-    targets: torch.Tensor,
-    sha256: list[str],
-    learned: torch.Tensor,
-    args: argparse.Namespace,
+    model: InferenceModel, images: LabeledFeatures, sha256: list[str], learned: torch.Tensor, args: argparse.Namespace
 ) -> torch.Tensor:
     """Return class probabilities [N, C] of each image, by classifiers that have not learned from it.
 
-    Takes features [1, N, D] and whether an image may be learned from, bool [N]. Equal images are in the same fold.
+    `learned`, bool [N], is whether an image may be learned from. Equal images are in the same fold.
     """
+    features, targets = images
     own = learned.nonzero()[:, 0]
     labeled = LabeledFeatures(features[:, own], targets[own])
     folds = torch.tensor([int(sha256[row][:8], 16) % FOLDS for row in own.tolist()])
@@ -1455,13 +1445,7 @@ class Augmentation:
 
 
 def finetune(
-    model: InferenceModel,
-    dataset: Dataset,
-    data: ProbeData,
-    args: argparse.Namespace,
-    files: RunFiles,
-    unfinished: UnfinishedRun | None,
-    deadline: float,
+    model: InferenceModel, dataset: Dataset, data: ProbeData, args: argparse.Namespace, files: RunFiles, deadline: float
 ) -> TrainingResult:
     """Train the classifier, then the network or its last stage with it, and write the best weights into the model.
 
@@ -1484,7 +1468,7 @@ def finetune(
     before = learner.state_dict(0)
     save = functools.partial(files.record_epoch, []) if RANK == 0 else None
     try:
-        (run,) = fit(learner, [Run(hparams, args.seed)], list(dataset.splits), unfinished, save)
+        (run,) = fit(learner, [Run(hparams, args.seed)], list(dataset.splits), files.unfinished, save)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -1858,6 +1842,7 @@ class RunFiles:
 
     folder: Path
     settings: dict  # everything that affects the result, see `run_settings`
+    unfinished: UnfinishedRun | None  # the run that is continued
     live_history: bool  # whether to write history.csv after each epoch; not with --only-if-better
 
     def record_epoch(self, completed: list[Run], run: Run, epoch: Epoch, optimizer: dict, weights: dict) -> None:
