@@ -1576,7 +1576,7 @@ class FeatureCache:
         """Use the cache in `folder`, bounded to `limit` bytes; with None, remember nothing."""
         self.folder, self.key, self.limit = folder, key, limit
         self.pending: dict[View, list[tuple[list[str], torch.Tensor]]] = {}  # (hashes, rows) not yet written
-        self.known: dict[View, list[dict]] = {}  # what the files of a view contain, mapped from disk
+        self.known: dict[View, dict[Path, dict]] = {}  # what the files of a view contain, mapped from disk
         self.flushed, self.writable = time.monotonic(), folder is not None
 
     @classmethod
@@ -1594,9 +1594,9 @@ class FeatureCache:
         for row, sha256 in enumerate(hashes):
             wanted.setdefault(sha256, []).append(row)
         if view not in self.known and self.folder:
-            contents = map(self.read_file, sorted(self.view_folder(view).glob("*.pt")))
-            self.known[view] = [content for content in contents if content]
-        for content in self.known.get(view, []):
+            files = sorted(self.view_folder(view).glob("*.pt"))
+            self.known[view] = {file: content for file in files if (content := self.read_file(file))}
+        for content in self.known.get(view, {}).values():
             if content["features"].shape[1:] == out.shape[1:]:
                 found = [(at, row) for at, sha256 in enumerate(content["hashes"]) for row in wanted.pop(sha256, ())]
                 if found:
@@ -1632,19 +1632,28 @@ class FeatureCache:
 
     def flush(self) -> None:
         """Write what is pending, and close the files that were read. After an error it warns and stops writing."""
-        pending, self.pending, self.known, self.flushed = self.pending, {}, {}, time.monotonic()
+        pending, self.pending, self.flushed = self.pending, {}, time.monotonic()
         for view, parts in pending.items() if self.writable else ():
+            # Many small files, as after weeks of nightly runs, are joined with the new one. Other runs that have read
+            # them, or join them at the same time, lose nothing.
+            known = self.known.pop(view, {})
+            known = {file: part for file, part in known.items() if part["features"].nbytes < FILE_BYTES}
+            small = list(known) if len(known) > MAX_SMALL_FILES else []
+            parts += [(known[file]["hashes"], known[file]["features"]) for file in small]
             try:
                 self.write_file(view, parts)
             except OSError as error:
                 log(f"warning: features are not remembered: {self.view_folder(view)}: {error.strerror}")
                 self.writable = False
                 break
-            with contextlib.suppress(OSError):  # the small files are there still
-                self.merge_small_files(view)
+            del known, parts[:]  # Windows cannot remove a file that is mapped
+            with contextlib.suppress(OSError):  # they are there still
+                for file in small:
+                    file.unlink(missing_ok=True)
+        self.known = {}
 
-    def write_file(self, view: View, parts: list[tuple[list[str], torch.Tensor]]) -> Path:
-        """Write (hashes, rows) of a view to a new file, and return its path."""
+    def write_file(self, view: View, parts: list[tuple[list[str], torch.Tensor]]) -> None:
+        """Write (hashes, rows) of a view to a new file."""
         buffer = io.BytesIO()
         hashes = list(chain.from_iterable(hashes for hashes, _ in parts))
         torch.save({"hashes": hashes, "features": torch.cat([rows for _, rows in parts])}, buffer)
@@ -1652,26 +1661,6 @@ class FeatureCache:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file, "wb") as stream:
             stream.write(buffer.getbuffer())
-        return file
-
-    def merge_small_files(self, view: View) -> None:
-        """Join the small files of a view if they are many, as after weeks of nightly runs.
-
-        Other runs that have read the old files, or join them at the same time, lose nothing.
-        """
-        small = []
-        for file in sorted(self.view_folder(view).glob(CACHE_FILES)):
-            with contextlib.suppress(FileNotFoundError):  # removed by another run
-                small += [file] * (file.stat().st_size < FILE_BYTES)
-        if len(small) <= MAX_SMALL_FILES:
-            return
-        contents = {file: content for file in small if (content := self.read_file(file))}
-        if len(contents) > 1:
-            merged = self.write_file(view, [(part["hashes"], part["features"]) for part in contents.values()])
-            files = contents.keys() - {merged}
-            del contents  # Windows cannot remove a file that is mapped
-            for file in files:
-                file.unlink(missing_ok=True)
 
     def prune(self) -> None:
         """Remove the files that were not used for longest until the cache is within its limit, and report its size."""
