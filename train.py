@@ -12,7 +12,6 @@ To train with several processes: torchrun --nproc-per-node N train.py ...
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import copy
 import functools
@@ -343,17 +342,15 @@ class Incumbent:
 def prepare(args: argparse.Namespace) -> tuple[Dataset, Network, UnfinishedRun | None, Incumbent | None]:
     """Read all input: the tree, the pre-trained network, the unfinished run, and the model to compare with."""
     needs_val = [name for name in ("tune", "patience", "only_if_better") if getattr(args, name)]
-    classes, listing = list_tree(args.data, [f"--{name.replace('_', '-')}" for name in needs_val])
-    log_class_sizes(args.data, classes, listing, args.class_weights is not None)
+    dataset = list_tree(args.data, [f"--{name.replace('_', '-')}" for name in needs_val])
+    log_class_sizes(args.data, dataset, args.class_weights is not None)
     for leftover in args.out.glob(".*.tmp"):  # left behind by a killed run
         leftover.unlink()
     unfinished = read_unfinished(args.out, args.resume, args.restart)
-    network = load_pretrained(args.arch, args.weights, len(classes), args.image_size, args.resize, args.seed)
-    splits = {}
-    for name, (paths, targets) in listing.items():
-        splits[name] = Split(paths, torch.tensor(targets), hash_images(paths, args.workers))
-    warn_of_shared_images(splits, network)
-    dataset = Dataset(classes, splits)
+    network = load_pretrained(args.arch, args.weights, len(dataset.classes), args.image_size, args.resize, args.seed)
+    for name, split in dataset.splits.items():
+        dataset.splits[name] = replace(split, sha256=hash_images(split.paths, args.workers))
+    warn_of_shared_images(dataset.splits, network)
     incumbent = read_incumbent(args.out / "model.pt", dataset, network, args.data) if args.only_if_better else None
     return dataset, network, unfinished, incumbent
 
@@ -404,8 +401,8 @@ def warn_of_shared_images(splits: dict[str, Split], network: Network) -> None:
             log(f"warning: {seen} of {len(split)} images of {name} were used to train --weights")
 
 
-def list_tree(data: Path, needs_val: list[str]) -> tuple[list[str], dict[str, tuple[list[str], list[int]]]]:
-    """List an image tree: (class names, {split: (paths, class indices)}). The classes are those of train/.
+def list_tree(data: Path, needs_val: list[str]) -> Dataset:
+    """List an image tree, without the hashes of its files. The classes are those of train/.
 
     Raises UserError for a folder that is not such a tree, and for one without val/ if there are options that need it.
     """
@@ -413,26 +410,28 @@ def list_tree(data: Path, needs_val: list[str]) -> tuple[list[str], dict[str, tu
         raise UserError(f"no such folder: {data}; make one with prepare_data.py")
     if not (data / "train").is_dir():
         raise UserError(f"{data} has no train/ folder; make a tree: prepare_data.py --source {data} --out NEW_FOLDER")
-    classes, listing = None, {}
+    classes, splits = None, {}
     for split in (name for name in SPLITS if (data / name).is_dir()):
         paths, classes, targets = list_split(data / split, classes)
         if len(classes) < 2:
             raise UserError(f"{data / split} has only one class, {classes[0]}; a classifier needs at least two")
-        listing[split] = paths, targets
-    if "val" not in listing:
+        splits[split] = Split(paths, torch.tensor(targets), [])
+    if "val" not in splits:
         if needs_val:
             raise UserError(f"{' and '.join(needs_val)}: {data} has no val/ to choose on; prepare_data.py makes one")
         log(f"{data} has no val/: no epoch is selected; the last one is saved, with temperature 1")
-    return classes, listing
+    return Dataset(classes, splits)
 
 
-def log_class_sizes(data: Path, classes: list[str], listing: dict, balanced: bool) -> None:
+def log_class_sizes(data: Path, dataset: Dataset, balanced: bool) -> None:
     """Log the size of the data set, with warnings about classes without images, unequal classes and ignored folders."""
-    sizes = {split: collections.Counter(targets) for split, (_, targets) in listing.items()}
-    for split, counts in sizes.items():
-        if absent := [name for index, name in enumerate(classes) if not counts[index]]:
+    classes = dataset.classes
+    for split, images in dataset.splits.items():
+        counts = images.targets.bincount(minlength=len(classes)).tolist()
+        if absent := [name for name, count in zip(classes, counts) if not count]:
             log(f"warning: {data / split} has no images of {', '.join(absent)}")
-    counts = sorted(((sizes["train"][index], name) for index, name in enumerate(classes)), key=lambda pair: -pair[0])
+    counts = dataset.splits["train"].targets.bincount().tolist()
+    counts = sorted(zip(counts, classes), key=lambda pair: -pair[0])
     if not balanced and counts[0][0] >= IMBALANCE_RATIO * counts[-1][0]:
         texts = [f"{count} {name}" for count, name in counts]
         texts = texts if len(texts) <= 20 else [*texts[:5], "...", *texts[-5:]]
@@ -442,7 +441,7 @@ def log_class_sizes(data: Path, classes: list[str], listing: dict, balanced: boo
         )
     if ignored := [name for name in class_folders(data) if name not in SPLITS]:
         log(f"warning: ignored in {data}: {', '.join(ignored)}")
-    totals = ", ".join(f"{sum(counts.values())} {split}" for split, counts in sizes.items())
+    totals = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
     log(f"{data}: {len(classes)} classes, {totals}")
 
 

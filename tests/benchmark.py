@@ -374,10 +374,9 @@ def make_learner(job: TrainingJob, count: int, image_size: int, batch_size: int,
     import train
     from common import VIEWS, InferenceModel, Split, hash_images, load_pretrained, pick_device
 
-    classes, listing = train.list_tree(job.data, [])
-    paths, targets = listing["train"]
-    chosen = sample_evenly(list(range(len(paths))), count)
-    paths, targets = [paths[row] for row in chosen], torch.tensor([targets[row] for row in chosen])
+    classes, listing = vars(train.list_tree(job.data, [])).values()
+    chosen = sample_evenly(list(range(len(listing["train"]))), count)
+    paths, targets = [listing["train"].paths[row] for row in chosen], listing["train"].targets[chosen]
     dataset = train.Dataset(classes, {"train": Split(paths, targets, hash_images(paths))})
     network = load_pretrained(job.arch, job.weights, len(classes), image_size, None, 0)
     model = InferenceModel(network, pick_device(job.device), job.precision)
