@@ -28,7 +28,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, combinations, cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,18 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     """Evaluate the checkpoints of the command line and write the report. Returns the exit code."""
     args = parse_args(argv)
     device = pick_device(args.device)
-    candidates = read_candidates(args.checkpoint, args.tta)
-    precisions = {checkpoint_precision(candidate.checkpoint, args.precision) for candidate in candidates}
+    models = read_models(args.checkpoint, args.tta)
+    precisions = {checkpoint_precision(model.checkpoint, args.precision) for model in models}
     log_device(device, [pick_precision(precision, device) for precision in precisions])
-    histories = read_histories(args.history, candidates)
-    images = list_images(args.data / args.split, candidates, args.allow_missing, args.workers)
-    with replace_report(args.out, [candidate.subfolder for candidate in candidates]) as folder:
-        models = []
-        for candidate in candidates:
-            predictions, measured = classify(candidate, images, device, args)
-            metrics = compute_metrics(candidate, predictions, measured)
-            metrics |= count_seen_images(candidate.checkpoint, images.hashes, predictions.correct)
-            models.append(EvaluatedModel(**vars(candidate), predictions=predictions, metrics=metrics))
+    histories = read_histories(args.history, models)
+    images = list_images(args.data / args.split, models, args.allow_missing, args.workers)
+    with replace_report(args.out, [model.subfolder for model in models]) as folder:
+        for model in models:
+            model.predictions, measured = classify(model, images, device, args)
+            model.metrics = compute_metrics(model, measured)
+            model.metrics |= count_seen_images(model.checkpoint, images.hashes, model.predictions.correct)
         comparisons = compare_models(models)
         content = metrics_content(args, models, comparisons, histories, images)
         for model in models:
@@ -127,7 +125,7 @@ def replace_report(out: Path, subfolders: list[str]) -> Iterator[Path]:
 
 
 def metrics_content(
-    args: Namespace, models: list[EvaluatedModel], comparisons: list[dict], histories: list[History], images: Images
+    args: Namespace, models: list[Model], comparisons: list[dict], histories: list[History], images: Images
 ) -> dict[str, Any]:
     """Return the content of metrics.json: the metrics of the first model, those of all if several, and their origin."""
     import matplotlib
@@ -158,15 +156,17 @@ SPLIT_NOTES = {
 
 
 @dataclass
-class Candidate:
+class Model:
     """A checkpoint to evaluate."""
 
     path: Path
-    name: str  # short, and different for each candidate
-    subfolder: str  # of the report, for the files of this candidate; empty for the first one
+    name: str  # short, and different for each model
+    subfolder: str  # of the report, for the files of this model; empty for the first one
     checkpoint: Checkpoint
     views: list[View]  # the views of each image to average over
     temperature: float  # what the averaged log-probabilities are divided by
+    predictions: Predictions | None = None  # until it is evaluated
+    metrics: dict[str, Any] = field(default_factory=dict)  # as `compute_metrics` returns them
 
 
 @dataclass
@@ -204,29 +204,29 @@ def short_names(paths: list[Path]) -> list[str]:
     return names
 
 
-def read_candidates(paths: list[Path], tta: bool) -> list[Candidate]:
+def read_models(paths: list[Path], tta: bool) -> list[Model]:
     """Read all checkpoints, so that an invalid one is reported before any is run."""
-    candidates = []
+    models = []
     for path, name in zip(paths, short_names(paths)):
         checkpoint = read_checkpoint(path)
         try:
             views, temperature = checkpoint_views(checkpoint, tta)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        candidates.append(Candidate(path, name, name if candidates else "", checkpoint, views, temperature))
-    return candidates
+        models.append(Model(path, name, name if models else "", checkpoint, views, temperature))
+    return models
 
 
-def read_histories(paths: list[Path] | None, candidates: list[Candidate]) -> list[History]:
+def read_histories(paths: list[Path] | None, models: list[Model]) -> list[History]:
     """Read these histories, or by default those beside the checkpoints, as far as they exist.
 
     The best epoch is that of the model beside the history; without a model, that of the lowest val loss.
     """
     required, histories = bool(paths), []
-    paths = paths or list(dict.fromkeys(candidate.path.with_name("history.csv") for candidate in candidates))
+    paths = paths or list(dict.fromkeys(model.path.with_name("history.csv") for model in models))
     for number, (path, name) in enumerate(zip(paths, short_names(paths))):
         if path.exists():
-            rows, metrics = read_history(path), saved_metrics(path, candidates)
+            rows, metrics = read_history(path), saved_metrics(path, models)
             with_val = [row for row in rows if not math.isnan(row["val_loss"])]
             lowest = min(with_val, key=lambda row: row["val_loss"], default=rows[-1])
             best = next((row for row in rows if row["epoch"] == metrics.get("epoch")), lowest)
@@ -253,17 +253,17 @@ def read_history(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def saved_metrics(history: Path, candidates: list[Candidate]) -> dict[str, Any]:
-    """Return the metrics in the candidate, or else in the model.pt, beside a history; empty if there is none."""
-    metrics = {c.path.resolve().with_name("history.csv"): c.checkpoint.metrics for c in candidates}
-    model = history.with_name("model.pt")
-    if history.resolve() not in metrics and history.name == "history.csv" and model.exists():
+def saved_metrics(history: Path, models: list[Model]) -> dict[str, Any]:
+    """Return the metrics in the given model, or else in the model.pt, beside a history; empty if there is none."""
+    metrics = {model.path.resolve().with_name("history.csv"): model.checkpoint.metrics for model in models}
+    other = history.with_name("model.pt")
+    if history.resolve() not in metrics and history.name == "history.csv" and other.exists():
         with contextlib.suppress(UserError):  # this model is not evaluated, so it may be damaged
-            return read_checkpoint(model).metrics
+            return read_checkpoint(other).metrics
     return metrics.get(history.resolve(), {})
 
 
-def list_images(folder: Path, candidates: list[Candidate], allow_missing: bool, workers: int | None) -> Images:
+def list_images(folder: Path, models: list[Model], allow_missing: bool, workers: int | None) -> Images:
     """List the images of FOLDER/<class>/ with their class names, hash them, and log the notes on them.
 
     Raises UserError for a class that a model does not know; with `allow_missing` its images are left out instead.
@@ -275,10 +275,10 @@ def list_images(folder: Path, candidates: list[Candidate], allow_missing: bool, 
     paths, names, targets = list_split(folder)
     labels, notes = [names[target] for target in targets], []
     known, all_classes = set(names), {}
-    for candidate in candidates:
-        classes = candidate.checkpoint.classes
+    for model in models:
+        classes = model.checkpoint.classes
         if unknown := [f"{name} ({labels.count(name)} images)" for name in names if name not in classes]:
-            problem = f"{folder} has classes that {candidate.path} does not know: {', '.join(unknown)}"
+            problem = f"{folder} has classes that {model.path} does not know: {', '.join(unknown)}"
             if not allow_missing:
                 raise UserError(f"{problem}; leave their images out with --allow-missing")
             notes.append(f"{problem}. Their images are left out.")
@@ -312,29 +312,21 @@ CHECKED_IMAGES = 64  # images whose features are always computed, to compare the
 MAX_ROUNDING = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # by which features may differ, relative to their norm
 
 
-@dataclass
 class Predictions:
     """What a model predicts for N images; it has C classes."""
 
-    targets: torch.Tensor  # the true class of each image, int64 [N]
-    uncalibrated: torch.Tensor  # log-probabilities without the temperature, float64 [N, C]
-    calibrated: torch.Tensor  # log-probabilities with the temperature, float64 [N, C]
-    predicted: torch.Tensor  # the most probable class, int64 [N]
-    confidence: torch.Tensor  # the calibrated probability of that class, float64 [N]
-    correct: torch.Tensor  # whether that class is the true one, bool [N]
-    confusion: torch.Tensor  # the number of images for each [true class, predicted class], int64 [C, C]
-
-
-@dataclass
-class EvaluatedModel(Candidate):
-    """A candidate with its predictions, and its metrics as `compute_metrics` returns them."""
-
-    predictions: Predictions
-    metrics: dict[str, Any]
+    def __init__(self, targets: torch.Tensor, uncalibrated: torch.Tensor, calibrated: torch.Tensor) -> None:
+        """Derive all from true classes [N], and log-probabilities [N, C] without and with the temperature, float64."""
+        self.targets, self.uncalibrated, self.calibrated = targets, uncalibrated, calibrated
+        self.confidence, self.predicted = calibrated.exp().max(1)  # the probability of the most probable class, and it
+        self.correct = self.predicted == targets
+        count = calibrated.shape[1]
+        cells = torch.bincount(targets * count + self.predicted, minlength=count * count)
+        self.confusion = cells.view(count, count)  # the number of images for each [true class, predicted class]
 
 
 def classify(
-    candidate: Candidate, images: Images, device: torch.device, args: Namespace
+    candidate: Model, images: Images, device: torch.device, args: Namespace
 ) -> tuple[Predictions, dict[str, Any]]:
     """Run a model on all images. Returns the predictions, and what metrics.json has on speed and unfamiliar images.
 
@@ -358,7 +350,7 @@ def classify(
     if checkpoint.familiarity:
         scores = unfamiliarity(features[0], checkpoint.familiarity)
         metrics |= {key: (scores > 1 - share).double().mean().item() for key, share in UNFAMILIAR.items()}
-    return make_predictions(targets, *(torch.cat(parts) for parts in zip(*results))), metrics
+    return Predictions(targets, *(torch.cat(parts) for parts in zip(*results))), metrics
 
 
 def check_features(
@@ -393,14 +385,6 @@ def check_features(
     return min(times), len(rows)
 
 
-def make_predictions(targets: torch.Tensor, uncalibrated: torch.Tensor, calibrated: torch.Tensor) -> Predictions:
-    """Derive the predictions from true classes [N] and log-probabilities [N, C]."""
-    confidence, predicted = calibrated.exp().max(1)
-    count = calibrated.shape[1]
-    confusion = torch.bincount(targets * count + predicted, minlength=count * count).view(count, count)
-    return Predictions(targets, uncalibrated, calibrated, predicted, confidence, predicted == targets, confusion)
-
-
 # ---------------------------------------------------------------- statistics
 
 RESAMPLES, BINS = 2000, 15
@@ -422,9 +406,10 @@ SUMMARY_METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accura
 CLASS_METRICS = {"precision": "precision", "recall": "recall", "f1": "F1"}  # of each class; columns of per_class.csv
 
 
-def compute_metrics(candidate: Candidate, predictions: Predictions, measured: dict[str, Any]) -> dict[str, Any]:
+def compute_metrics(model: Model, measured: dict[str, Any]) -> dict[str, Any]:
     """Return all metrics of a model, by their names in metrics.json; those with an interval are of type Estimate."""
-    classes, targets, confusion = candidate.checkpoint.classes, predictions.targets, predictions.confusion
+    classes, predictions = model.checkpoint.classes, model.predictions
+    targets, confusion = predictions.targets, predictions.confusion
     num_correct, num_true, num_predicted = bootstrap_counts(confusion)
     f1 = 2 * num_correct / (num_true + num_predicted)  # [C, 1 + RESAMPLES]; NaN if both numbers are 0
     counts = (count.tolist() for count in (confusion.diag(), confusion.sum(1), confusion.sum(0)))
@@ -444,8 +429,8 @@ def compute_metrics(candidate: Candidate, predictions: Predictions, measured: di
         **calibration(predictions.calibrated, targets),
         **ece_if_perfect(predictions.confidence),
         **{f"{key}_uncalibrated": value for key, value in uncalibrated.items()},
-        "temperature": candidate.temperature,
-        "parameters": sum(parameter.numel() for parameter in candidate.checkpoint.model.parameters()),
+        "temperature": model.temperature,
+        "parameters": sum(parameter.numel() for parameter in model.checkpoint.model.parameters()),
         **measured,
         "per_class": per_class,
         "coverage": coverage(predictions.confidence, predictions.correct),
@@ -584,7 +569,7 @@ def confused_pairs(confusion: torch.Tensor, classes: list[str], limit: int = 10)
     return rows
 
 
-def compare_models(models: list[EvaluatedModel]) -> list[dict[str, Any]]:
+def compare_models(models: list[Model]) -> list[dict[str, Any]]:
     """Compare the accuracies of every pair of models, the better one first, with the keys of metrics.json."""
     pairs, n = [], models[0].metrics["n"]
     for a, b in combinations(models, 2):
@@ -641,7 +626,7 @@ def to_json(metrics: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def write_tables(folder: Path, model: EvaluatedModel, paths: list[str]) -> None:
+def write_tables(folder: Path, model: Model, paths: list[str]) -> None:
     """Write per_class.csv, with the bounds of the intervals in its last columns, and predictions.csv."""
     bounds, rows = [f"{key}_{side}" for key in CLASS_METRICS for side in ("low", "high")], []
     for row in model.metrics["per_class"]:
@@ -667,7 +652,7 @@ def summary_labels(metrics: dict[str, Any]) -> dict[str, str]:
     return {key: label for key, label in SUMMARY_METRICS.items() if key != "balanced_accuracy" or not equal_sizes}
 
 
-def comparison_section(models: list[EvaluatedModel], comparisons: list[dict], picture: Path) -> Section:
+def comparison_section(models: list[Model], comparisons: list[dict], picture: Path) -> Section:
     """Compare the models by their summary metrics and the F1 of the first model's classes."""
     chosen, note = classes_to_show(models[0].predictions.confusion)
     names = [models[0].checkpoint.classes[index] for index in chosen]
@@ -699,7 +684,7 @@ def comparison_sentence(comparison: dict[str, Any], num_pairs: int) -> str:
 
 
 def report_sections(
-    models: list[EvaluatedModel], comparisons: list[dict], histories: list[History], images: Images, folder: Path
+    models: list[Model], comparisons: list[dict], histories: list[History], images: Images, folder: Path
 ) -> list[Section]:
     """Return the sections of the report, except the last, and draw their pictures into its folder."""
     sections = [Section("Notes", images.notes)] if images.notes else []
@@ -715,7 +700,7 @@ def report_sections(
     return sections
 
 
-def model_sections(model: EvaluatedModel, images: Images, folder: Path) -> list[Section]:
+def model_sections(model: Model, images: Images, folder: Path) -> list[Section]:
     """Return the sections of a model, and draw their pictures into its folder."""
     metrics, predictions = model.metrics, model.predictions
     pairs = "{n:,} of {support:,} images of {true} are classified as {predicted}."
@@ -746,17 +731,15 @@ def model_sections(model: EvaluatedModel, images: Images, folder: Path) -> list[
     ]
 
 
-def fairness_sentences(model: EvaluatedModel, images: Images) -> list[str]:
+def fairness_sentences(model: Model, images: Images) -> list[str]:
     """Return what is known about images that the model has used in training, and about near-duplicates of those."""
     n, trained, chosen = (model.metrics[key] for key in ("n", "seen_in_training", "seen_in_val"))
     sentences = [f"The model was trained on none of these {n:,} images."]
     if "accuracy_unseen" in model.metrics:
         unseen = model.metrics["accuracy_unseen"]
         rest = "there are no others" if unseen.value is None else f"without these the accuracy is {unseen.text('.4f')}"
-        text = (
-            f"The model was trained on {trained:,} of these {n:,} images, and its epoch chosen on {chosen:,}; {rest}."
-        )
-        sentences = [text]
+        seen = f"The model was trained on {trained:,} of these {n:,} images, and its epoch chosen on {chosen:,}"
+        sentences = [f"{seen}; {rest}."]
     elif not len(model.checkpoint.train_hashes):
         sentences = ["The model does not say which images it was trained on."]
     file = model.path.with_name("duplicates.csv")
@@ -765,24 +748,20 @@ def fairness_sentences(model: EvaluatedModel, images: Images) -> list[str]:
     own, found = {os.path.relpath(path, images.data).replace(os.sep, "/") for path in images.paths}, {}
     with open(file, newline="", encoding="utf-8", errors="surrogateescape") as stream:
         for row in csv.DictReader(stream):
-            for path, other, split in (
-                (row.get("path"), row.get("other_path"), row.get("other_split")),
-                (row.get("other_path"), row.get("path"), row.get("split")),
-            ):
+            first, second = ((row.get(f"{other}path"), row.get(f"{other}split")) for other in ("", "other_"))
+            for (path, _), (other, split) in ((first, second), (second, first)):
                 if path in own and split == "train":
                     found.setdefault(path, other)
+    if not found:
+        origin = model.checkpoint.args.get("data")
+        return [*sentences, f"{file.name}, which was made from {origin}, lists none of these images with train."]
     examples = ", ".join(f"{path} and {other}" for path, other in islice(found.items(), 3))
-    text = f"{len(found):,} of these images have near-duplicates in train, by {file.name}"
-    none = (
-        f"{file.name}, which was made from {model.checkpoint.args.get('data')}, lists none of these images with train."
-    )
-    return [
-        *sentences,
-        f"{text}: {examples}{f' and {len(found) - 3} more' if len(found) > 3 else ''}." if found else none,
-    ]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    text = f"{len(found):,} of these images have near-duplicates in train, by {file.name}: {examples}{more}."
+    return [*sentences, text]
 
 
-def accuracy_section(model: EvaluatedModel, picture: Path) -> Section:
+def accuracy_section(model: Model, picture: Path) -> Section:
     """Report the summary metrics, and precision, recall and F1 of each class."""
     metrics, per_class = model.metrics, model.metrics["per_class"]
     chosen, note = classes_to_show(model.predictions.confusion)
@@ -873,7 +852,7 @@ def accuracy_gap(history: History, other: str) -> Estimate:
     return unpaired_difference(*(wilson(round(accuracies[split] * counts[split]), counts[split]) for split in counts))
 
 
-def origin_section(models: list[EvaluatedModel], content: dict[str, Any]) -> Section:
+def origin_section(models: list[Model], content: dict[str, Any]) -> Section:
     """Return what is needed to make the report again; `content` is that of metrics.json."""
 
     def join(values: dict) -> str:
@@ -1026,7 +1005,7 @@ def plot_reliability(path: Path, metrics: dict[str, Any]) -> None:
     save_figure(path, figure)
 
 
-def plot_mistakes(path: Path, model: EvaluatedModel, paths: list[str], shown: list[int]) -> None:
+def plot_mistakes(path: Path, model: Model, paths: list[str], shown: list[int]) -> None:
     """Draw the images with these numbers, each with its file name, predicted class, confidence and true class."""
     classes, predictions, pictures = model.checkpoint.classes, model.predictions, []
     for number in shown:

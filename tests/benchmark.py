@@ -374,10 +374,11 @@ def make_learner(job: TrainingJob, count: int, image_size: int, batch_size: int,
     import train
     from common import VIEWS, InferenceModel, Split, hash_images, load_pretrained, pick_device
 
-    classes, listing = vars(train.list_tree(job.data, [])).values()
-    chosen = sample_evenly(list(range(len(listing["train"]))), count)
-    paths, targets = [listing["train"].paths[row] for row in chosen], listing["train"].targets[chosen]
-    dataset = train.Dataset(classes, {"train": Split(paths, targets, hash_images(paths))})
+    tree = train.list_tree(job.data, [])
+    classes, listed = tree.classes, tree.splits["train"]
+    chosen = sample_evenly(list(range(len(listed))), count)
+    paths = [listed.paths[row] for row in chosen]
+    dataset = train.Dataset(classes, {"train": Split(paths, listed.targets[chosen], hash_images(paths))})
     network = load_pretrained(job.arch, job.weights, len(classes), image_size, None, 0)
     model = InferenceModel(network, pick_device(job.device), job.precision)
     head = train.standardized_head(model.head, torch.randn(1, 64, model.num_features))

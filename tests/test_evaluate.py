@@ -71,10 +71,10 @@ def random_model(num_classes=7, n=400, seed=0):
     logits[torch.arange(n), targets] += 2
     classes = [f"class {number}" for number in range(num_classes)]
     checkpoint = Checkpoint("none", {}, {}, torch.nn.Linear(2, 2), classes, 0.7, 0.7, [(0, False)], {}, {}, {})
-    candidate = evaluate.Candidate(Path("model.pt"), "random", "", checkpoint, checkpoint.views, 0.7)
-    predictions = evaluate.make_predictions(targets, logits.log_softmax(1), (logits / 0.7).log_softmax(1))
-    metrics = evaluate.compute_metrics(candidate, predictions, {"ms_per_image": 1.0, "timing": "none"})
-    return evaluate.EvaluatedModel(**vars(candidate), predictions=predictions, metrics=metrics)
+    model = evaluate.Model(Path("model.pt"), "random", "", checkpoint, checkpoint.views, 0.7)
+    model.predictions = evaluate.Predictions(targets, logits.log_softmax(1), (logits / 0.7).log_softmax(1))
+    model.metrics = evaluate.compute_metrics(model, {"ms_per_image": 1.0, "timing": "none"})
+    return model
 
 
 # ---------------------------------------------------------------- statistics
@@ -158,8 +158,8 @@ def test_f1_of_a_class_without_mistakes_is_uncertain():
     targets = model.predictions.targets.clone()
     targets[:12], scores = 3, model.predictions.calibrated.clone()
     scores[:, 3] = torch.where(targets == 3, 9.0, -99.0)
-    predictions = evaluate.make_predictions(targets, scores.log_softmax(1), scores.log_softmax(1))
-    row = evaluate.compute_metrics(model, predictions, {})["per_class"][3]
+    model.predictions = evaluate.Predictions(targets, scores.log_softmax(1), scores.log_softmax(1))
+    row = evaluate.compute_metrics(model, {})["per_class"][3]
     assert row["support"] == 12 and row["f1"].value == 1 and row["f1"].low == pytest.approx(0.8621, abs=1e-3)
 
 
