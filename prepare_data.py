@@ -509,8 +509,12 @@ def find_classes(contents: Contents, source: Path | None) -> list[Record]:
     all_parts = [path.parts for path, _ in contents.images]
     if not all_parts:
         raise UserError(f"no images in {source}; expected <class>/<image> with one of the usual extensions")
+
+    def below(level: int) -> list[tuple[str, ...]]:  # images in a folder at this level of their paths
+        return [parts for parts in all_parts if len(parts) > level + 1]
+
     level = 0
-    while len(folders_at(level, all_parts)) == 1 and most_are_below(level + 1, all_parts):
+    while len({parts[level] for parts in below(level)}) == 1 and 2 * len(below(level + 1)) > len(all_parts):
         level += 1
     is_split = any(len(parts) > level + 2 and parts[level] == "train" for parts in all_parts)
     level += is_split
@@ -537,16 +541,6 @@ def find_classes(contents: Contents, source: Path | None) -> list[Record]:
         if len(folder.parts) == level + 1 and folder.parts not in used and folder.parts[:level] in parents:
             records.append(Record(str(folder), "", reason="class folder without images"))
     return records
-
-
-def folders_at(level: int, all_parts: list[tuple[str, ...]]) -> set[str]:
-    """Return the names of the folders that are at this level of the paths of images."""
-    return {parts[level] for parts in all_parts if len(parts) > level + 1}
-
-
-def most_are_below(level: int, all_parts: list[tuple[str, ...]]) -> bool:
-    """Return whether more than half of the images are in a folder at this level."""
-    return 2 * sum(len(parts) > level + 1 for parts in all_parts) > len(all_parts)
 
 
 def require_two_classes(records: list[Record], where: str) -> None:

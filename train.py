@@ -634,6 +634,14 @@ class TrainOptions:
     warmup: float | None = 0  # epochs of linear warm-up, at most half of the schedule; None: a tenth of it
     patience: int | None = None  # epochs without improvement on val after which to stop
     deadline: float = math.inf  # the value of time.monotonic() by which to finish
+    # Only for fine-tuning, as on the command line.
+    finetune: str = "head"
+    backbone_lr: float | None = None
+    clip_norm: float = 1.0
+    test_every: int = 1  # number of epochs after which test is measured
+    learn_statistics: bool = False  # whether BatchNorm layers update their running statistics
+    workers: int | None = None
+    augmentation: Augmentation | None = None
 
 
 @dataclass
@@ -984,8 +992,15 @@ def train_linear_probe(
 
 def train_options(args: argparse.Namespace, dataset: Dataset, deadline: float) -> TrainOptions:
     """Return the training options of the command line."""
-    weights = class_weights(dataset, args)
-    return TrainOptions(args.batch_size, args.seed, weights, args.warmup, args.patience, deadline)
+    names = ("batch_size", "seed", "warmup", "patience", "finetune", "backbone_lr", "clip_norm", "workers")
+    own = {name: getattr(args, name) for name in names}
+    # Pre-trained BatchNorm keeps its statistics.
+    own |= {
+        "deadline": deadline,
+        "class_weights": class_weights(dataset, args),
+        "learn_statistics": args.weights == "none",
+    }
+    return TrainOptions(test_every=min(math.ceil(args.epochs / 5), TEST_EVERY), **own)
 
 
 def class_weights(dataset: Dataset, args: argparse.Namespace) -> torch.Tensor:
@@ -1458,12 +1473,7 @@ def finetune(
     probe_hparams = replace(hparams, lr=HEAD_LR, epochs=head_epochs(count, args.batch_size))
     head = broadcast_from_rank0(lambda: train_head_alone(model, data, probe_hparams, options))
     data.clear()  # to free memory
-    learner = FineTuner(
-        *(model, head, dataset, options, augmentation, args.finetune, args.backbone_lr, args.clip_norm),
-        test_every=min(math.ceil(args.epochs / 5), TEST_EVERY),
-        learn_statistics=args.weights == "none",
-        workers=args.workers,
-    )
+    learner = FineTuner(model, head, dataset, replace(options, augmentation=augmentation))
     before = learner.state_dict(0)
     save = functools.partial(files.record_epoch, []) if RANK == 0 else None
     try:
@@ -1571,44 +1581,27 @@ class FineTuner(Learner):
     distributed = True
 
     def __init__(
-        self,
-        model: InferenceModel,
-        head: torch.nn.Sequential,
-        dataset: Dataset,
-        options: TrainOptions,
-        augmentation: Augmentation,
-        mode: str,
-        backbone_lr: float,
-        clip_norm: float,
-        test_every: int,
-        learn_statistics: bool,
-        workers: int | None,
+        self, model: InferenceModel, head: torch.nn.Sequential, dataset: Dataset, options: TrainOptions
     ) -> None:
-        """Prepare to train the last stage (mode "last") or all of the network.
-
-        `learn_statistics` is for a network with random weights: its BatchNorm layers also update their running
-        statistics.
-        """
-        self.device, self.options, self.augmentation = model.device, options, augmentation
-        self.backbone_lr, self.clip_norm, self.test_every = backbone_lr, clip_norm, test_every
+        self.device, self.options, self.test_every = model.device, options, options.test_every
         self.targets = {name: split.targets.to(self.device) for name, split in dataset.splits.items()}
         count = len(dataset.splits["train"])
         # Every process gets at least one image per step.
         self.steps_per_epoch = min(math.ceil(count / options.batch_size), max(1, count // WORLD_SIZE))
         model.release_backbone()
-        self.pixels = PixelStore(dataset.splits, model, workers)
+        self.pixels = PixelStore(dataset.splits, model, options.workers)
         self.model = model
         self.model_is_current = False
         backbone = model.copy_backbone().eval().to(self.device, memory_format=torch.channels_last)
-        backbone.requires_grad_(mode == "all")
+        backbone.requires_grad_(options.finetune == "all")
         names = [name for name, _ in backbone.named_modules() if name]
-        if mode == "last":
+        if options.finetune == "last":
             names = last_stage_modules(backbone, model.preprocessing["size"])
         trainable = [backbone.get_submodule(name).requires_grad_(True) for name in names]
         log_trainable(backbone, names)
         without_norms = [module for module in trainable if not is_batchnorm(module)]
         # Pre-trained BatchNorm keeps its statistics: it stays in eval mode.
-        self.in_train_mode = trainable if learn_statistics else without_norms
+        self.in_train_mode = trainable if options.learn_statistics else without_norms
         self.smallest = count // self.steps_per_epoch // WORLD_SIZE
         if self.smallest < 1 + (len(self.in_train_mode) > len(without_norms)):
             raise UserError(
@@ -1624,7 +1617,7 @@ class FineTuner(Learner):
 
     def param_groups(self, hparams: Sequence[HParams]) -> list[dict]:
         (own,) = hparams
-        backbone = param_groups(self.network.backbone, self.backbone_lr, own)
+        backbone = param_groups(self.network.backbone, self.options.backbone_lr, own)
         return backbone + param_groups(self.network.head, own.lr, own)
 
     def train_batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
@@ -1640,7 +1633,7 @@ class FineTuner(Learner):
             module.training = True
         self.model_is_current = False
         for rows, own_rows, pixels in zip(steps, own, self.pixels.batches("train", own)):
-            images, wanted = augment_batch(pixels, targets[own_rows], self.augmentation, self.model.normalize)
+            images, wanted = augment_batch(pixels, targets[own_rows], self.options.augmentation, self.model.normalize)
             images = images.contiguous(memory_format=torch.channels_last)
             yield images, wanted, len(own_rows) * WORLD_SIZE / len(rows)
 
@@ -1648,7 +1641,7 @@ class FineTuner(Learner):
         return self.parallel_network(inputs)[:, None]
 
     def clip_gradients(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_norm)
 
     def save_memory(self) -> bool:
         """Drop the pixels kept on the device; then halve the batches for which gradients are computed."""

@@ -383,19 +383,14 @@ def make_learner(job: TrainingJob, count: int, image_size: int, batch_size: int,
     model = InferenceModel(network, pick_device(job.device), job.precision)
     head = train.standardized_head(model.head, torch.randn(1, 64, model.num_features))
     (views,) = [name for name in augment if name != "strong"] or ["flip"]
-    return train.FineTuner(
-        model,
-        head,
-        dataset,
-        train.TrainOptions(batch_size, 0, torch.ones(len(classes))),
-        train.Augmentation(VIEWS[views], len(classes), "strong" in augment, crop=views == "flip"),
-        mode="all",
+    options = train.TrainOptions(
+        *(batch_size, 0, torch.ones(len(classes))),
+        finetune="all",
         backbone_lr=1e-4,
-        clip_norm=1.0,
-        test_every=1,
         learn_statistics=job.weights == "none",
-        workers=None,
+        augmentation=train.Augmentation(VIEWS[views], len(classes), "strong" in augment, crop=views == "flip"),
     )
+    return train.FineTuner(model, head, dataset, options)
 
 
 def measure_finetune(learner: Any, rounds: int) -> None:
