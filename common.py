@@ -309,20 +309,16 @@ class Progress:
         """Count `count` more units as done."""
         self.done += count
         now = time.monotonic()
-        if now - self.shown >= self.every:
-            self.shown = now
-            self._show(now)
-
-    def _show(self, now: float) -> None:
-        rate = self.done / max(now - self.start, 1e-9)
+        if now - self.shown < self.every:
+            return
+        self.shown, rate = now, self.done / max(now - self.start, 1e-9)
+        total, rest, filled = "", "", 0
         if self.total:
             left = int((self.total - self.done) / max(rate, 1e-9))
-            speed = f"{rate:.{0 if rate >= 100 else 1}f} {self.unit}/s, {left // 60}:{left % 60:02d} left"
-            text = f"{self.label} {self.done}/{self.total} {self.unit}, {speed}"
-        else:
-            text = f"{self.label} {self.done} {self.unit}, {rate:.0f} {self.unit}/s"
+            total, rest, filled = f"/{self.total}", f", {left // 60}:{left % 60:02d} left", 20 * self.done // self.total
+        speed = f"{rate:.{0 if rate >= 100 else 1}f} {self.unit}/s"
+        text = f"{self.label} {self.done}{total} {self.unit}, {speed}{rest}"
         if self.bar:
-            filled = 20 * self.done // self.total if self.total else 0
             log(f"\r\x1b[K[{'#' * filled}{'.' * (20 - filled)}] {text}", end="")
         else:
             log(text)
