@@ -52,7 +52,6 @@ else:
     torch, torchvision, v2 = map(LazyModule, ("torch", "torchvision", "torchvision.transforms.v2"))
 
 IMBALANCE_RATIO = 5  # warn if the largest class has at least this many times as many images as the smallest
-SIZE_SAMPLE = 500  # at most this many training images are measured for `native_size`
 CALIBRATION_SAMPLE = 1000  # at most this many val images are used to fit `temperature_tta`
 # For `fit_familiarity`: principal components, images from which they come, and residuals that are kept.
 COMPONENTS, COMPONENT_IMAGES, RESIDUALS = 64, 5000, 1000
@@ -1902,7 +1901,7 @@ def checkpoint_content(
 def native_size(train: Split) -> int | None:
     """Return the median of the shorter sides of the images in pixels, from the headers of an evenly spaced sample."""
     sides = []
-    for path in sample_evenly(train, SIZE_SAMPLE).paths:
+    for path in sample_evenly(train).paths:
         with contextlib.suppress(Exception), Image.open(path) as image:  # it may have been moved during the training
             sides.append(min(image.size))
     return statistics.median_low(sides) if sides else None
