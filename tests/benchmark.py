@@ -400,7 +400,7 @@ def measure_finetune(learner: Any, rounds: int) -> None:
     hparams = train.HParams(lr=1e-3, weight_decay=0, label_smoothing=0, epochs=1)
     optimizer = torch.optim.AdamW(learner.param_groups([hparams]), fused=learner.device.type != "mps")
     smoothing = torch.zeros(1, device=learner.device)
-    weights = torch.ones(learner.augmentation.num_classes, device=learner.device)
+    weights = learner.options.class_weights.to(learner.device)
 
     def train_epoch(batches: Any) -> None:
         for images, targets, _ in batches:
