@@ -709,7 +709,8 @@ def resize_by_products(
 ) -> torch.Tensor:
     """Resize uint8 pixels [B, 3, h, w] like torchvision on a CPU: rows, then columns, each rounded: [B, 3, size, size].
 
-    It is a product of matrices for each, in float32, in which these weights and their sums are exact.
+    It is a product of matrices for each, in float32, in which these weights and their sums are exact (except for
+    images several times as large as `size`, of which a pixel in a hundred thousand may differ by 1).
     """
     find_weights = find_weights or cached_resize_weights
     rows, columns = (find_weights(side, size, interpolation, pixels.device) for side in pixels.shape[2:])
@@ -1698,7 +1699,8 @@ class Checkpoint(Network):
     # For `unfamiliarity`, from standardized features of train: mean and scale [D], components [D, K]; and the sorted
     # `relative_residuals` of val [Q]. None for a checkpoint of an earlier version.
     familiarity: dict[str, torch.Tensor] | None = None
-    # The median of the shorter sides of the training images in pixels, before they were resized; None likewise.
+    # The median of the shorter sides of the training images in pixels, before they were resized. None for a checkpoint
+    # of an earlier version.
     native_size: int | None = None
 
 

@@ -5,9 +5,10 @@ next wait for stdin. An image that cannot be read gets a record with the reason,
 code is 3. Probabilities are calibrated with the temperature in the checkpoint.
 
 --scene cuts a large image into tiles and writes DIR/map.png, map.csv, map.json and map.tif, which has a byte per cell:
-the index of its class in `classes` of map.json, or 255 (unknown). `percent` is the area of each class on the map, and
-`expected_percent` its mean probability, which corrects for confusions as far as the probabilities are calibrated and
-the classes as frequent as in training. For official areas, use a sample of reference data (Olofsson et al., 2014).
+the index of its class in `classes` of map.json, or 255 (unknown). With more than 255 classes, it has two bytes, and
+65535. In map.json, `percent` is the area of each class on the map, and `expected_percent` its mean probability: a
+better estimate of the area if the probabilities are calibrated for this scene and the classes are as frequent as in the
+training. For official figures, use a sample of reference data (Olofsson et al., 2014).
 
 --export writes the model to a file that other programs can run.
 """
@@ -23,6 +24,7 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,9 +43,11 @@ from common import resize_by_products, resize_weights, save_figure, unfamiliarit
 
 if TYPE_CHECKING:
     import torch
+    import torchvision
     from torchvision.transforms.v2 import functional
 else:
-    torch, functional = LazyModule("torch"), LazyModule("torchvision.transforms.v2.functional")
+    torch, torchvision = LazyModule("torch"), LazyModule("torchvision")
+    functional = LazyModule("torchvision.transforms.v2.functional")
 
 # ---------------------------------------------------------------- command line
 
@@ -88,14 +92,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "write the model with its preprocessing for other programs, instead of classifying: FILE.pt2 for torch alone, "
         "FILE.onnx for ONNX runtimes. It takes upright RGB images of any size, uint8 [N, 3, H, W], and returns the "
         f"probabilities [N, classes]; before it is kept, it is compared with this program on {EXPORT_IMAGES} images: "
-        "those given as IMAGE, else drawn ones"
+        "those given as IMAGE, else drawn ones (large JPEGs are decoded in full for that, not at a reduced size)"
     )
     add("--export", type=Path, metavar="FILE", help=export_help)
     add = parser.add_argument_group("map of a large scene").add_argument
     size_help = f"an image of at most {MAX_SCENE_PIXELS // 10**6} million pixels; of a TIFF, the first three bands"
     add("--scene", type=Path, metavar="IMAGE", help=size_help)
     add("--tile", type=positive_int, metavar="PIXELS", help="side of a tile (default: that of the training images)")
-    stride_help = "step between tiles, side of a cell (default: --tile); means of overlapping tiles are not calibrated"
+    stride_help = (
+        "step between tiles, side of a cell (default: --tile); if it is smaller than --tile, a cell averages several "
+        "tiles, and its probability is no longer calibrated"
+    )
     add("--stride", type=positive_int, metavar="PIXELS", help=stride_help)
     add("--out", type=Path, metavar="DIR", help="folder for the map")
     add_hardware_options(parser)
@@ -105,7 +112,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.images and not args.scene and not args.export:
         parser.error("nothing to classify: give images, folders, - for paths on stdin, or --scene")
     if args.export:
-        records = args.plot or args.features or args.format or args.top_k > 1 or args.min_confidence
+        records = args.plot or args.explain or args.features or args.format or args.top_k > 1 or args.min_confidence
         if records or args.reject_unfamiliar is not None or args.scene or args.device or args.precision != "auto":
             parser.error(
                 "--export goes with --checkpoint, IMAGE, --tta and --workers only: it computes in fp32 on a CPU"
@@ -462,43 +469,52 @@ def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: It
     a .pt2, the metadata "classifier" of an .onnx. Raises UserError if a package is missing, if the network cannot be
     exported, or if the result differs from `classifier` by more than EXPORT_TOLERANCE; then nothing is written.
     """
-    images = [read_image(path) for path in islice(filter(None, paths), EXPORT_IMAGES)] or draw_test_images()
+    images, origin = [read_image(path) for path in islice(filter(None, paths), EXPORT_IMAGES)], "given"
+    if not images:
+        images, origin = draw_test_images(), "drawn"
+    save_and_load, dtype = export_torch, torch.float64
+    if file.suffix.lower() == ".onnx":
+        save_and_load, dtype = export_onnx, torch.float32  # ONNX runtimes do not resize in float64
     metadata = {"arch": checkpoint.arch, "classes": checkpoint.classes, "preprocessing": checkpoint.preprocessing}
     metadata |= {"views": len(classifier.views), "temperature": classifier.temperature}
     metadata |= {"input": "uint8 [N, 3, H, W], upright RGB images of any size", "output": "probabilities [N, classes]"}
-    save_and_load = export_onnx if file.suffix.lower() == ".onnx" else export_torch
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporters, about themselves
         try:
             dynamic = torch.export.Dim.DYNAMIC
             example, shapes = torch.zeros(2, 3, 65, 67, dtype=torch.uint8), ({0: dynamic, 2: dynamic, 3: dynamic},)
-            module = exportable_model(classifier)
+            module = exportable_model(classifier, dtype)
             program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
             content, run = save_and_load(program, json.dumps(metadata))
         except ImportError as error:
             packages = "pip install onnx onnxscript onnxruntime"
             raise UserError(f"--export {file}: {one_line(error)}; the packages it needs: {packages}") from None
-        except (RuntimeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
-            reason = f"torch {torch.__version__} cannot export {checkpoint.arch}: {one_line(error.__cause__ or error)}"
-            raise UserError(f"--export {file}: {reason[:300]}; a newer version may be able to") from None
+        except Exception as error:  # the exporters raise many kinds
+            reason = one_line(str(error.__cause__ or error).partition("\n")[0])[:200]
+            problem = f"torch {torch.__version__} cannot export {checkpoint.arch}: {reason}"
+            raise UserError(f"--export {file}: {problem}; a newer version may be able to") from None
         difference = max_difference(classifier, images, run)
     if not difference <= EXPORT_TOLERANCE:
-        problem = f"differ by up to {difference:.3g} from those of this program on {len(images)} images"
-        raise UserError(f"--export {file}: the probabilities {problem}; nothing was written")
+        problem = (
+            f"the probabilities differ by up to {difference:.3g} from those of this program on {len(images)} images"
+        )
+        version = f"torchvision {torchvision.__version__}; 0.21 resizes differently on some processors"
+        raise UserError(f"--export {file}: {problem}, so nothing was written ({version})")
     with atomic_write(file, "wb") as stream:
         stream.write(content)
-    log(f"wrote {file}; on {len(images)} images its probabilities differ by at most {difference:.1e}")
+    log(f"wrote {file}; on {len(images)} {origin} images its probabilities differ by at most {difference:.1e}")
     return {"export": str(file), "bytes": len(content), "images": len(images), "max_difference": difference}
 
 
-def exportable_model(classifier: Classifier) -> torch.nn.Module:
+def exportable_model(classifier: Classifier, resize_dtype: torch.dtype) -> torch.nn.Module:
     """Return the module that is exported: uint8 images [N, 3, H, W] -> probabilities [N, C], float32.
 
-    It averages over the views and applies the temperature like `Classifier`, in float32.
+    It resizes like torchvision (in float32 with rounding errors, where the image is large), averages over the views and
+    applies the temperature like `Classifier`.
     """
     model, preprocessing = classifier.model, classifier.model.preprocessing
     size = preprocessing["size"]
-    find_weights = functools.partial(resize_weights, dtype=torch.float32)  # ONNX runtimes do not resize in float64
+    find_weights = functools.partial(resize_weights, dtype=resize_dtype)
 
     class ExportableModel(torch.nn.Module):  # defined inside the function, because torch is imported lazily
         def __init__(self) -> None:
@@ -520,7 +536,7 @@ def exportable_model(classifier: Classifier) -> torch.nn.Module:
             averaged = torch.stack([logits.log_softmax(1) for logits in views]).logsumexp(0)
             return (averaged / classifier.temperature).softmax(1)
 
-    return ExportableModel().eval()
+    return ExportableModel().eval().requires_grad_(False)
 
 
 def export_torch(program: torch.export.ExportedProgram, metadata: str) -> tuple[bytes, Callable]:
@@ -529,7 +545,8 @@ def export_torch(program: torch.export.ExportedProgram, metadata: str) -> tuple[
         node.meta.pop("nn_module_stack", None)  # torch 2.6 writes it in a form that it cannot read
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"metadata.json": metadata})
-    return buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
+    buffer.seek(0)
+    return buffer.getvalue(), torch.export.load(buffer).module()
 
 
 def export_onnx(program: torch.export.ExportedProgram, metadata: str) -> tuple[bytes, Callable]:
@@ -561,15 +578,15 @@ def draw_test_images() -> list[Image.Image]:
 def max_difference(classifier: Classifier, images: Sequence[Image.Image], run: Callable) -> float:
     """Return the largest difference of a probability between `classifier` and an exported model, NaN if it has one.
 
-    Images of the same size are given to the exported model as one batch.
+    Images of the same size are given to the exported model together, up to four, because large ones take much memory.
     """
     batches = classifier.classify(images, lambda image, _size: image)
     expected = [prediction.probabilities for batch in batches for prediction in batch]
     differences = []
     for size in {image.size for image in images}:
-        rows = [row for row, image in enumerate(images) if image.size == size]
-        found = run(torch.stack([functional.pil_to_tensor(images[row]) for row in rows]))
-        differences.append((found - torch.stack([expected[row] for row in rows])).abs().max())
+        for rows in in_batches((row for row, image in enumerate(images) if image.size == size), 4):
+            found = run(torch.stack([functional.pil_to_tensor(images[row]) for row in rows]))
+            differences.append((found - torch.stack([expected[row] for row in rows])).abs().max())
     return torch.stack(differences).max().item()
 
 
@@ -612,7 +629,9 @@ class SceneMap(NamedTuple):
     classes: torch.Tensor  # index into names, int64 [rows, columns]
     probabilities: torch.Tensor  # of the most probable class, float64 [rows, columns]
     percent: list[float]  # of the scene's area, for each name
-    expected_percent: list[float]  # the mean probability of each class over the area
+    expected_percent: list[
+        float
+    ]  # the mean probability of each class over the area, whether or not UNKNOWN is answered
     tile: int  # side of a tile in pixels of the scene
     cell: int  # side of a cell
     tiles: int  # how many were classified
@@ -622,8 +641,8 @@ def pick_tile(tile: int | None, stride: int | None, native_size: int | None) -> 
     """Return the sides of a tile and of a cell, by default the size of the training images."""
     if not tile:
         tile = native_size or 64
-        reason = "size of the training images" if native_size else "model of an earlier version"
-        log(f"tiles of {tile} pixels ({reason}; see --tile)")
+        reason = "as the training images" if native_size else "the model does not know the size of its training images"
+        log(f"tiles of {tile} pixels ({reason}); see --tile")
     if stride and stride > tile:
         raise UserError(f"--stride {stride} would leave gaps between tiles of {tile} pixels")
     return tile, stride or tile
@@ -644,17 +663,22 @@ def read_scene(path: Path, tile: int, out: Path) -> Image.Image:
             bits, color, planes = (tags.get(tag, default) for tag, default in ((258, (8,)), (262, 2), (284, 1)))
             if planes == 2 and len(bits) > 1 and (max(bits) > 8 or color != 2):  # Pillow would read something else
                 raise ImageError(path, "its bands are stored one after the other")
+            if raw.mode.startswith("I;16") and tags:
+                raise ImageError(path, "it has one band of 16 bits")
             if max(bits) == 16 and raw.mode in ("RGB", "RGBA"):
                 image = stretch_16_bits(image, raw)
     except ImageError as error:
         if path.suffix.lower() not in (".tif", ".tiff") or not path.is_file() or "limit" in error.reason:
             raise
-        convert = f"gdal_translate -b 1 -b 2 -b 3 -co INTERLEAVE=PIXEL -co PHOTOMETRIC=RGB {path} rgb.tif"
-        raise UserError(f"{error}; try {convert} (with -ot Byte -scale for floats and signed numbers)") from None
+        options = "-co INTERLEAVE=PIXEL -co PHOTOMETRIC=RGB"
+        convert = f"gdal_translate -b 1 -b 2 -b 3 {options} {shlex.quote(str(path))} rgb.tif"
+        also = "-ot Byte -scale for floats, signed numbers, and one band, which is -b 1 -b 1 -b 1"
+        raise UserError(f"{error}; try {convert} (with {also})") from None
     if read_georeference(path) and turned:  # programs disagree on what that means
         raise UserError(f"{path} is turned by its EXIF tag, its georeference is not: save it upright, without the tag")
     if min(image.size) < tile:
-        raise UserError(f"--tile {tile} is larger than {path}, which has {image.width} x {image.height} pixels")
+        size = f"{image.width} x {image.height} pixels"
+        raise UserError(f"tiles of {tile} pixels are larger than {path}, which has {size}; see --tile")
     if path.resolve() in [(out / name).resolve() for name in ("map.png", "map.tif")]:
         raise UserError(f"the map would replace the scene, {path}; choose another --out")
     return image
@@ -663,7 +687,7 @@ def read_scene(path: Path, tile: int, out: Path) -> Image.Image:
 def stretch_16_bits(high: Image.Image, raw: Image.Image) -> Image.Image:
     """Return RGB of a TIFF of 16 bits, of which Pillow has read the higher bytes; 0 and 255 are percentiles 2 and 98.
 
-    One range for the three bands preserves the hue. Zeros, which are often nodata, do not count.
+    One range for the three bands preserves the hue. Nodata and zeros, which often mean that, do not count.
     """
     swapped = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}  # N: the order of this machine
     for number, (*place, (rawmode, *others)) in enumerate(raw.tile):  # a swapped byte order gives the lower bytes
@@ -681,6 +705,8 @@ def stretch_16_bits(high: Image.Image, raw: Image.Image) -> Image.Image:
 
     for top in tops:
         counts += torch.bincount(read_rows(top).flatten(), minlength=len(counts))
+    with contextlib.suppress(TypeError, ValueError, IndexError):
+        counts[int(float(raw.tag_v2.get(42113)))] = 0  # nodata, in GDAL's tag
     shares = counts[1:].cumsum(0) / counts[1:].sum().clamp(min=1)
     least, most = (torch.searchsorted(shares, torch.tensor([0.02, 0.98])) + 1).tolist()
     log(f"16-bit scene: bands 1 to 3 are red, green, blue; {least} to {most} (percentiles 2 and 98) become 0 to 255")
@@ -736,6 +762,8 @@ def map_scene(scene: Image.Image, classifier: Classifier, tile: int, stride: int
     """Classify the tiles of a scene, and average them, and how unfamiliar they are, over each cell of the map."""
     rows, columns = (TileAxis(length, tile, stride) for length in (scene.height, scene.width))
     tops, lefts, parts, unfamiliar = rows.tile_starts(), columns.tile_starts(), [], []
+    if rejection.min_confidence and stride < tile:
+        log("warning: averages of overlapping tiles are not calibrated, which --min-confidence takes for granted")
     boxes = ((left, top, left + tile, top + tile) for top in tops for left in lefts)
     with Progress("map", len(tops) * len(lefts), "tiles") as progress:
         for batch in classifier.classify(boxes, lambda box, _size: scene.crop(box)):
@@ -745,10 +773,6 @@ def map_scene(scene: Image.Image, classifier: Classifier, tile: int, stride: int
     tiles = torch.cat([torch.cat(parts), torch.tensor(unfamiliar).double()[:, None]], 1).view(len(tops), len(lefts), -1)
     cells = torch.einsum("rt,tuc,ku->rkc", rows.cell_weights(), tiles, columns.cell_weights())
     probabilities, classes = cells[..., :-1].max(2)
-    if rejection.min_confidence and stride < tile:
-        log(
-            "warning: --min-confidence needs calibrated probabilities; averages of overlapping tiles are not calibrated"
-        )
     unknown = probabilities < rejection.min_confidence
     if rejection.unfamiliar_share is not None:
         unknown |= cells[..., -1] > 1 - rejection.unfamiliar_share
@@ -764,16 +788,18 @@ def write_map(folder: Path, path: Path, scene: Image.Image, scene_map: SceneMap)
     """Write map.csv, map.png, map.tif and map.json; return the content of map.json."""
     names, factor = scene_map.names, math.ceil(max(scene.size) / MAX_MAP_SIDE)
     rows, columns = scene_map.classes.shape
+    place = read_georeference(path, scene_map.cell)
     cells = zip(scene_map.classes.flatten().tolist(), scene_map.probabilities.flatten().tolist())
     table = ((*divmod(number, columns), names[index], round(p, 6)) for number, (index, p) in enumerate(cells))
     write_csv(folder / "map.csv", ("row", "column", "class", "probability"), table)
     with atomic_write(folder / "map.png", "wb") as file:
         draw_map(scene.reduce(factor), scene_map, factor).save(file, format="png")
-    (folder / "map.pgw").unlink(missing_ok=True)  # of an earlier version
+    if folder.resolve() != path.parent.resolve():
+        (folder / "map.pgw").unlink(missing_ok=True)  # of an earlier version
     with atomic_write(folder / "map.tif", "wb") as file:
         raster = draw_raster(scene_map)
         nodata = {42113: "255" if raster.mode == "P" else "65535"}  # GDAL's tag
-        raster.save(file, format="tiff", tiffinfo=read_georeference(path, scene_map.cell) | nodata)
+        raster.save(file, format="tiff", tiffinfo=place | nodata)
     percent = dict.fromkeys(names, 0.0)
     for name, share in zip(names, scene_map.percent):  # a class may be called "unknown" too
         percent[name] += share

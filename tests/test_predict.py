@@ -621,16 +621,16 @@ def test_the_map_of_many_classes_has_16_bits():
         (3, {}),
         (4, {"compress": "deflate", "predictor": 2, "tiled": True, "blockxsize": 64, "blockysize": 64}),
         (4, {"photometric": "RGB", "ENDIANNESS": "BIG"}),
-        (3, {"photometric": "RGB", "compress": "lzw", "BIGTIFF": "YES"}),
+        (3, {"photometric": "RGB", "compress": "lzw", "BIGTIFF": "YES", "nodata": 65535}),
     ],
 )
 def test_scene_of_16_bits(classify, write_scene, mosaic, tmp_path, count, options):
-    """The 2nd to the 98th percentile of all that is not 0 become 0 to 255."""
+    """The 2nd to the 98th percentile of all that is not 0 or nodata become 0 to 255."""
     numpy = pytest.importorskip("numpy")
 
     def convert(pixels):
         bands = numpy.concatenate([pixels, 255 - pixels[:1]])[:count] * 11 + 700
-        bands[:, :, :48] = 0  # nodata
+        bands[:, :, :48] = options.get("nodata", 0)
         return bands
 
     scene = write_scene(convert, dtype="uint16", **options)
@@ -655,6 +655,7 @@ def test_scene_of_four_bands_and_scenes_that_pillow_cannot_read(classify, write_
         {"dtype": "uint16", "interleave": "band", "photometric": "RGB"},
         {"dtype": "float32"},
         {"bands": lambda bands: numpy.concatenate([bands] * 4), "dtype": "uint16"},
+        {"bands": lambda bands: bands[:1], "dtype": "uint16"},
     ):
         scene = write_scene(**changes)
         message = classify("--scene", scene, "--tile", 32, "--out", tmp_path / "map", code=2).err
@@ -666,15 +667,15 @@ def test_tiles_have_the_size_of_the_training_images(classify, trained, mosaic, t
     scene = "--scene", mosaic[0], "--out", tmp_path / "map"
     result = classify(*scene)
     assert load_pt(trained.model)["native_size"] == result.json["tile_pixels"] == 32
-    assert "tiles of 32 pixels (size of the training images" in result.err
+    assert "tiles of 32 pixels (as the training images" in result.err
     assert "gaps" in classify(*scene, "--stride", 33, code=2).error[0]
     content = load_pt(trained.model)
     del content["native_size"]
     torch.save(content, tmp_path / "old.pt")
     result = classify(*scene, model=tmp_path / "old.pt")
-    assert result.json["tile_pixels"] == 64 and "tiles of 64 pixels (model of an earlier version" in result.err
+    assert result.json["tile_pixels"] == 64 and "tiles of 64 pixels (the model does not know" in result.err
     changed = save_changed(trained, tmp_path / "new.pt", native_size=200)
-    assert "--tile 200 is larger than" in classify(*scene, model=changed, code=2).error[0]
+    assert "tiles of 200 pixels are larger than" in classify(*scene, model=changed, code=2).error[0]
     changed = save_changed(trained, tmp_path / "new.pt", native_size=-1)
     assert "invalid native_size" in classify(*scene, model=changed, code=2).error[0]
 
