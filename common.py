@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import PIL
+from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # ---------------------------------------------------------------- command line
@@ -507,7 +508,12 @@ def digest_of(value: object) -> str:
 # ---------------------------------------------------------------- images
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # below its limit, an image is just large
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder
+# Pillow's names of the formats that are read, whatever a file is called; JPEG includes MPO, as from phones, and PPM the
+# other portable bitmaps. Their plugins are imported above, because Pillow would import all that it has to find one.
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM")
+# What files of these formats are called, which is more than torchvision's ImageFolder lists.
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".tif", ".tiff", ".webp", ".bmp")
+IMAGE_EXTENSIONS += (".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
 SPLITS = ("train", "val", "test")
 MAX_IMAGE_SIZE = 4096  # pixels per side of the images that a network takes
 View = tuple[int, bool]  # quarter turns counterclockwise, and whether the image is mirrored first
@@ -536,6 +542,14 @@ class Split:
         return Split(paths, self.targets[list(rows)], sha256)
 
 
+def open_image(file: str | Path | IO[bytes]) -> Image.Image:
+    """Open an image file with Pillow, without reading its pixels.
+
+    Only IMAGE_FORMATS are tried: Pillow decides by the content, and would start Ghostscript for PostScript.
+    """
+    return Image.open(file, formats=IMAGE_FORMATS)
+
+
 def read_image(path: str | Path, size: int | None = None, content: bytes | None = None) -> Image.Image:
     """Read an image file, or its content if that is given, as RGB, upright according to its EXIF orientation.
 
@@ -549,7 +563,7 @@ def read_image(path: str | Path, size: int | None = None, content: bytes | None 
     try:
         if content is None:
             require_regular_file(path)
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
+        with open_image(path if content is None else io.BytesIO(content)) as image:
             if size and image.format in ("JPEG", "MPO"):
                 image.draft(None, (2 * size, 2 * size))
             image.load()
@@ -568,7 +582,7 @@ def read_image(path: str | Path, size: int | None = None, content: bytes | None 
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except UnidentifiedImageError:
-        raise ImageError(path, "cannot identify image file") from None
+        raise ImageError(path, "not a JPEG, PNG, TIFF, WebP, BMP, PPM or PGM file") from None
     except (
         *(
             OSError,

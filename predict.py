@@ -38,8 +38,9 @@ from common import EXIT_SOME_UNREADABLE, TTA_HELP
 from common import Checkpoint, ImageBatch, ImageError, InferenceModel, LazyModule, Progress, UserError, View
 from common import add_hardware_options, apply_view, atomic_write, center_square, checkpoint_precision, checkpoint_views
 from common import command, crops_squares, csv_writer, find_images, fraction, in_batches, log, log_device, make_parser
-from common import new_figure, one_line, pick_device, positive_int, printable, read_batches, read_checkpoint, read_image
-from common import resize_by_products, resize_weights, save_figure, unfamiliarity, write_csv, write_torch_file
+from common import new_figure, one_line, open_image, pick_device, positive_int, printable, read_batches, read_checkpoint
+from common import read_image, resize_by_products, resize_weights, save_figure, unfamiliarity, write_csv
+from common import write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -658,7 +659,7 @@ def read_scene(path: Path, tile: int, out: Path) -> Image.Image:
         TiffImagePlugin.OPEN_INFO.setdefault(key, (name, f"{name};16{end}"))
     try:
         image = read_image(path)
-        with Image.open(path) as raw:
+        with open_image(path) as raw:
             tags, turned = getattr(raw, "tag_v2", {}), raw.getexif().get(ExifTags.Base.Orientation, 1) != 1
             bits, color, planes = (tags.get(tag, default) for tag, default in ((258, (8,)), (262, 2), (284, 1)))
             if planes == 2 and len(bits) > 1 and (max(bits) > 8 or color != 2):  # Pillow would read something else
@@ -722,7 +723,7 @@ def read_georeference(path: Path, cell: int = 1) -> dict[int, Any]:
 
     They come from the tags of a GeoTIFF (OGC 19-008r4), or from the world file beside the scene.
     """
-    with Image.open(path) as scene:
+    with open_image(path) as scene:
         tags = getattr(scene, "tag_v2", {})
     matrix, scale, tie, keys, *texts = (tags.get(tag, ()) for tag in (34264, 33550, 33922, 34735, 34736, 34737))
     # Key 1025 is 2 if coordinates are those of the center of a pixel. Here, they are those of its upper left corner.

@@ -39,7 +39,7 @@ from PIL import Image, ImageOps
 from common import SPLITS
 from common import ImageError, Progress, UserError
 from common import atomic_write, command, fraction, hash_file, hold_lock, is_image_name, log, make_parser, one_line
-from common import positive_int, read_content, read_image, seed_number, walk_folders, write_csv
+from common import open_image, positive_int, read_content, read_image, seed_number, walk_folders, write_csv
 
 # The address and checksum that torchvision's datasets.EuroSAT uses.
 EUROSAT_URL = (
@@ -47,8 +47,8 @@ EUROSAT_URL = (
 )
 EUROSAT_MD5 = "c8fa014336c82ac7804f0398fcb19387"
 REQUEST_FILE = ".prepared.json"  # in OUT: the request from which the tree was made
-# Formats that Pillow can read, some with a plug-in, but ImageFolder does not list.
-OTHER_FORMATS = (".avif", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpx", ".jxl", ".psd", ".tga")
+# Formats that other programs read.
+OTHER_FORMATS = (".avif", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jp2", ".jpx", ".jxl", ".psd", ".tga")
 # Headings of --labels. With two columns, that of the class may have another name.
 PATH_HEADINGS = ("path", "file", "filename", "file_name", "filepath", "image", "image_id", "image_path", "id", "name")
 CLASS_HEADINGS = ("class", "label", "category")
@@ -1054,7 +1054,7 @@ def show_images(records: list[Record]) -> None:
     sizes, modes = [], collections.Counter()
     for record in records:
         if not record.in_tree:
-            with Image.open(record.file) as image:
+            with open_image(record.file) as image:
                 sizes.append(image.size)
                 modes[image.mode] += 1
     if sizes:

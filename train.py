@@ -29,8 +29,6 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from PIL import Image
-
 from common import CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, MAX_IMAGE_SIZE, RANK, RUN_FORMAT, SPLITS, VIEWS
 from common import WORLD_SIZE
 from common import Checkpoint, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Network, Progress, Split
@@ -39,10 +37,10 @@ from common import add_cache_options, add_hardware_options, all_gather_list, app
 from common import broadcast_from_rank0, checkpoint_precision, class_folders, command, defer_signals, digest_of
 from common import draw_images, extract_features, fraction, hash_images, hold_lock, initialize_classifier
 from common import is_out_of_memory, library_versions, list_architectures, list_split, load_pretrained, log, log_device
-from common import make_parser, new_figure, non_negative_float, paired_difference, pick_precision, positive_float
-from common import positive_int, printable, process_group, read_batches, read_checkpoint, read_known, read_torch_file
-from common import relative_residuals, resize, rows_per_chunk, save_figure, seed_number, short_hashes, to_device
-from common import update_weights, usable_memory, write_csv, write_torch_file
+from common import make_parser, new_figure, non_negative_float, open_image, paired_difference, pick_precision
+from common import positive_float, positive_int, printable, process_group, read_batches, read_checkpoint, read_known
+from common import read_torch_file, relative_residuals, resize, rows_per_chunk, save_figure, seed_number, short_hashes
+from common import to_device, update_weights, usable_memory, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -1902,7 +1900,7 @@ def native_size(train: Split) -> int | None:
     """Return the median of the shorter sides of the images in pixels, from the headers of an evenly spaced sample."""
     sides = []
     for path in sample_evenly(train).paths:
-        with contextlib.suppress(Exception), Image.open(path) as image:  # it may have been moved during the training
+        with contextlib.suppress(Exception), open_image(path) as image:  # it may have been moved during the training
             sides.append(min(image.size))
     return statistics.median_low(sides) if sides else None
 

@@ -15,11 +15,20 @@ import pytest
 import torch
 import torchvision
 from conftest import COLORS, ROOT, command, load_pt, read_csv, real, tile
-from PIL import Image, ImageDraw
+from PIL import EpsImagePlugin, Image, ImageDraw
 from torchvision.transforms.v2 import functional
 
 import predict
-from common import VIEWS, Checkpoint, InferenceModel, in_batches, load_pretrained, read_batches
+from common import (
+    IMAGE_EXTENSIONS,
+    IMAGE_FORMATS,
+    VIEWS,
+    Checkpoint,
+    InferenceModel,
+    in_batches,
+    load_pretrained,
+    read_batches,
+)
 
 
 @pytest.fixture
@@ -76,6 +85,41 @@ def test_folder_files_and_formats(classify, images):
     assert "blue" in table and "0.png" in table and "%" in table
     (top2,) = records(classify(images / "0.png", "--top-k", 2).out)
     assert list(top2) == ["path", "class", "probability", "class_2", "probability_2", "error"]
+
+
+def test_every_format_is_found_in_folders(classify, tmp_path):
+    """What is read when it is named is found in a folder, by the names that Pillow knows for its formats."""
+    Image.init()
+    extensions = {extension for extension, name in Image.EXTENSION.items() if name in (*IMAGE_FORMATS, "MPO")}
+    assert extensions <= set(IMAGE_EXTENSIONS)  # older versions know fewer
+    image = tile(COLORS["red"], 1)
+    for number, extension in enumerate((".jfif", ".JPE", ".tif", ".pnm", ".webp", ".bmp")):
+        image.save(tmp_path / f"{number}{extension}")
+    image.save(tmp_path / "9.mpo", save_all=True, append_images=[tile(COLORS["blue"], 2)])
+    assert Image.open(tmp_path / "9.mpo").format == "MPO"
+    (tmp_path / "9.mpo").rename(tmp_path / "9.jpg")
+    result = classify(tmp_path)
+    assert classes(result.out) == ["red"] * 7 and result.out == classify(*sorted(tmp_path.iterdir())).out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the program is a shell script")
+def test_postscript_does_not_start_ghostscript(run, classify, images, tmp_path, monkeypatch):
+    """Pillow decides by the content of a file: it would run `gs` for an EPS file that is called .png."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path}/started'\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # look for it again
+    header = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n"
+    (images / "1.png").write_bytes(header + b"showpage\n%%EOF\n")
+    assert "not a JPEG" in records(classify(images / "1.png", code=3).out)[0]["error"]
+    assert "not a JPEG" in classify("--scene", images / "1.png", "--out", tmp_path / "map", code=2).error[0]
+    (tmp_path / "data").mkdir()
+    images.rename(tmp_path / "data" / "red")
+    (tmp_path / "data" / "green").mkdir()
+    tile(COLORS["green"], 7).save(tmp_path / "data" / "green" / "a.png")
+    error = run("prepare_data", "--source", tmp_path / "data", "--out", tmp_path / "out", code=2).error[0]
+    assert "red/1.png (not a JPEG" in error and not (tmp_path / "started").exists()
 
 
 def test_classes_are_ranked_by_probability_and_ties_by_class_order():
