@@ -7,6 +7,7 @@ answers at once.
 from __future__ import annotations
 
 import argparse
+import array
 import collections
 import contextlib
 import copy
@@ -557,7 +558,7 @@ def read_image(path: str | Path, size: int | None = None, content: bytes | None 
     half, a quarter or an eighth of its resolution, at least twice `size`, which is several times faster.
 
     Transparency is dropped and 16 bits per channel are scaled to 8. 32-bit integers and floats, which have no agreed
-    range, are stretched from their minimum and maximum. Raises ImageError for a file that cannot be read or that
+    range, are stretched from their finite minimum and maximum; NaN becomes black. Raises ImageError for a file that cannot be read or that
     declares more than 178 million pixels (Pillow's limit against decompression bombs).
     """
     try:
@@ -573,7 +574,7 @@ def read_image(path: str | Path, size: int | None = None, content: bytes | None 
             if is_16_bit:
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             elif image.mode in ("I", "F"):
-                low, high = image.getextrema()
+                low, high = find_range(image)
                 scale = 255 / (high - low) if high > low else 0
                 image = image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
             elif image.mode == "P":  # through RGBA: Pillow warns about transparency given as bytes otherwise
@@ -599,6 +600,17 @@ def read_image(path: str | Path, size: int | None = None, content: bytes | None 
     ) as error:  # what Pillow's decoders raise for broken files
         reason = str(error).replace(repr(str(path)), "").replace(str(path), "").strip() or type(error).__name__
         raise ImageError(path, getattr(error, "strerror", None) or reason) from None
+
+
+def find_range(image: Image.Image) -> tuple[float, float]:
+    """Return minimum and maximum of the finite pixels of an image of mode "I" or "F"; raise ValueError without any."""
+    low, high = image.getextrema()  # NaN if the first pixel is
+    if not math.isfinite(high - low):
+        pixels = array.array("f", image.tobytes())
+        low, high = (extremum(filter(math.isfinite, pixels), default=math.nan) for extremum in (min, max))
+        if math.isnan(low):
+            raise ValueError("no pixel has a finite value")
+    return low, high
 
 
 def is_image_name(name: str) -> bool:

@@ -1,10 +1,12 @@
 """prepare_data.py: its sources, the split, the input that it refuses, and the files that it leaves behind."""
 
+import array
 import hashlib
 import http.server
 import inspect
 import io
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -214,6 +216,23 @@ def test_images_of_any_mode(prepare, source, tmp_path, mode):
     assert image.mode == "RGB" and image.size == {"exif": (30, 40), "I;16": (2, 1)}.get(mode, (40, 30))
     if mode == "I;16":  # scaled, not clipped
         assert image.getpixel((1, 0)) == (155, 155, 155) and image.getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_floats_are_stretched_between_the_finite_ones(prepare, source, tmp_path):
+    """NaN, as for nodata in a corner, and infinity do not make an image black; without a finite pixel it is bad."""
+    nan, extra = math.nan, source / "red" / "x.tif"
+
+    def save(*values):
+        Image.frombytes("F", (len(values), 1), array.array("f", values).tobytes()).save(extra)
+
+    for values in (nan, 3, 4, 5), (math.inf, 5, 3, 4), (4, -math.inf, 3, 5):
+        save(*values)
+        levels = {3: 0, 4: 127, 5: 255}
+        expected = [levels.get(value, 255 if value == math.inf else 0) for value in values]
+        assert list(read_image(extra).convert("L").tobytes()) == expected
+    save(nan, nan, math.inf)
+    error = prepare("--source", source, "--out", tmp_path / "out", code=2).error[0]
+    assert "red/x.tif (no pixel has a finite value)" in error
 
 
 def test_bad_images_can_be_skipped(prepare, source, tmp_path):
