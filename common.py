@@ -275,12 +275,24 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     add("--cache-limit", type=positive_float, default=20, metavar="GB", help=limit)
 
 
-def default_cache() -> Path:
-    """Return the default of --cache, in the user's cache folder."""
+def default_cache() -> Path | None:
+    """Return the default of --cache, in the user's cache folder; None if only a folder that others can write is left.
+
+    The cache of a user without a home, as in some containers, is among the temporary files of all: others may have made
+    its folder before, to plant features.
+    """
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home folder, as in some containers
-        base = Path(tempfile.gettempdir())
+    except RuntimeError:  # there is no home
+        user = os.getuid() if hasattr(os, "getuid") else 0
+        base = Path(tempfile.gettempdir(), f"transfer-learning-{user}")
+        try:
+            base.mkdir(mode=0o700, exist_ok=True)
+            status = base.lstat()
+        except OSError:
+            return None
+        if (status.st_uid, status.st_mode & ~0o7700) != (user, stat.S_IFDIR):
+            return None
     return base / "transfer-learning" / "features"
 
 
@@ -558,8 +570,8 @@ def read_image(path: str | Path, size: int | None = None, content: bytes | None 
     half, a quarter or an eighth of its resolution, at least twice `size`, which is several times faster.
 
     Transparency is dropped and 16 bits per channel are scaled to 8. 32-bit integers and floats, which have no agreed
-    range, are stretched from their finite minimum and maximum; NaN becomes black. Raises ImageError for a file that cannot be read or that
-    declares more than 178 million pixels (Pillow's limit against decompression bombs).
+    range, are stretched from their finite minimum and maximum; NaN becomes black. Raises ImageError for a file that
+    cannot be read or that declares more than 178 million pixels (Pillow's limit against decompression bombs).
     """
     try:
         if content is None:
@@ -1620,7 +1632,7 @@ class FeatureCache:
             files = sorted(self.view_folder(view).glob("*.pt"))
             self.known[view] = {file: content for file in files if (content := self.read_file(file))}
         for content in self.known.get(view, {}).values():
-            if content["features"].shape[1:] == out.shape[1:]:
+            if (content["features"].shape[1:], content["features"].dtype) == (out.shape[1:], out.dtype):
                 found = [(at, row) for at, sha256 in enumerate(content["hashes"]) for row in wanted.pop(sha256, ())]
                 if found:
                     at, rows = torch.tensor(found).unbind(1)
@@ -1634,8 +1646,10 @@ class FeatureCache:
                 with contextlib.suppress(OSError):  # a read-only cache is useful too
                     os.utime(file)  # `prune` removes what was not used for longest
                 content = torch.load(file, mmap=True, weights_only=True)
-                if len(content["features"]) == len(content["hashes"]):
-                    return content
+                hashes, features = content["hashes"], content["features"]
+                if is_dense(features) and features.is_floating_point() and len(features) == len(hashes):
+                    if all(isinstance(sha256, str) for sha256 in hashes):
+                        return content
             elif len(file.stem) == 64:
                 file.unlink()
             log(f"warning: ignored {file}: damaged, or not written by this program")
@@ -1886,8 +1900,7 @@ def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path: str 
         if key not in state_dict or key not in own:
             return "missing" if key in own else "unknown"
         value, dtype = state_dict[key], own[key].dtype
-        dense = torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu"
-        if not dense or value.is_nested or (value.dtype != dtype and not (value.dtype in floats and dtype in floats)):
+        if not is_dense(value) or (value.dtype != dtype and not (value.dtype in floats and dtype in floats)):
             return "of the wrong type"
         if value.shape != own[key].shape:
             return "of the wrong shape"
@@ -1902,6 +1915,12 @@ def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path: str 
         details = "; ".join(f"{len(problems[kind])} keys {kind} ({names})" for kind, names in lists.items())
         raise UserError(f"{path} does not fit the architecture {arch}: {details}")
     update_weights(model, {key: state_dict[key].to(own[key].dtype).contiguous() for key in own}, assign=True)
+
+
+def is_dense(value: Any) -> bool:
+    """Return whether a value from a file is an ordinary tensor: dense, not nested, on the CPU."""
+    is_strided = torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu"
+    return is_strided and not value.is_nested
 
 
 def update_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], assign: bool = False) -> None:

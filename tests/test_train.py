@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -13,8 +14,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -386,6 +389,30 @@ def test_damaged_cache_is_a_warning(run, tree, tmp_path):
     assert "114 remembered" in run("train", *args, "--out", tmp_path / "third").err
     assert (file.parent / "foreign.pt").read_text() == "not ours"
     assert same_model(tmp_path / "first", tmp_path / "second")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs the permissions of folders")
+def test_without_a_home_the_cache_is_private(run, tree, tmp_path, monkeypatch):
+    """A folder among the temporary files is used only if nobody else can have put features into it."""
+
+    def no_home():
+        raise RuntimeError
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    args = ["--data", tree, "--epochs", 1, *TINY]
+    run("train", *args, "--out", tmp_path / "first")
+    folder = tmp_path / f"transfer-learning-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert "114 remembered" in run("train", *args, "--out", tmp_path / "out").err
+    folder.chmod(0o777)
+    assert "remembered" not in run("train", *args, "--out", tmp_path / "out").err
+    folder.chmod(0o700)
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    folder.rename(tmp_path / f"transfer-learning-{other}")
+    assert "remembered" not in run("train", *args, "--out", tmp_path / "out").err
 
 
 def test_cache_is_bounded_and_may_be_unwritable(run, tree, tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import csv
+import hashlib
 import io
 import math
 import os
@@ -691,6 +692,20 @@ def test_feature_cache_finds_rows_by_hash(tmp_path):
     assert cache.read_into((1, False), ["a"], out[:1]) == [0]
     assert common.FeatureCache(tmp_path, {"arch": "y"}).read_into(view, ["a"], out[:1]) == [0]
     assert common.FeatureCache(None, {}).read_into(view, ["a"], out[:1]) == [0]
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize("kind", ["list", "sparse", "complex", "hashes"])
+def test_features_of_a_wrong_kind_are_ignored(tmp_path, kind):
+    """The file is written as the cache writes its own, so that only the content is wrong."""
+    rows = torch.ones(2, 3)
+    wrong = {"list": rows.tolist(), "sparse": rows.to_sparse(), "complex": rows.cfloat(), "hashes": rows}[kind]
+    cache, view, buffer = common.FeatureCache(tmp_path, {}), (0, False), io.BytesIO()
+    torch.save({"hashes": [["a"], "b"] if kind == "hashes" else ["a", "b"], "features": wrong}, buffer)
+    file = cache.view_folder(view) / f"{hashlib.sha256(buffer.getvalue()).hexdigest()}.pt"
+    file.parent.mkdir()
+    file.write_bytes(buffer.getvalue())
+    assert cache.read_into(view, ["a", "b"], torch.zeros(2, 3)) == [0, 1]
 
 
 # ---------------------------------------------------------------- checkpoints
