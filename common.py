@@ -1517,7 +1517,10 @@ def read_cached_features(
 def compute_features(
     model: InferenceModel, requests: Sequence[FeatureRequest], missing: list[MissingBatch], workers: int | None
 ) -> Iterator[tuple[MissingBatch, torch.Tensor]]:
-    """Read the missing images and run them through the backbone: yield features [views, B, D] on the model's device."""
+    """Read the missing images and run them through the backbone: yield features [views, B, D] on the model's device.
+
+    Short batches are filled up: the last bits depend on the size of a batch, and must not on what the cache knows.
+    """
 
     def images(batch: MissingBatch) -> list[tuple[str, str]]:
         split = requests[batch.request].split
@@ -1526,7 +1529,9 @@ def compute_features(
     read = read_batches(map(images, missing), model.preprocessing, workers, read_known)
     for batch, read_batch in zip(missing, read):
         views = [requests[batch.request].views[number] for number in batch.views]
-        yield batch, model.forward_views(read_batch.complete_pixels(), views).to(model.dtype)
+        pixels = read_batch.complete_pixels()
+        filled = torch.cat([pixels, pixels.new_zeros(-len(pixels) % model.batch_size, *pixels.shape[1:])])
+        yield batch, model.forward_views(filled, views)[:, : len(pixels)].to(model.dtype)
 
 
 def allocate_features(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
@@ -1575,7 +1580,7 @@ def feature_key(model: InferenceModel) -> dict:
     """Return all that features depend on, except the image and its view."""
     network = model.network
     return {
-        "version": 2,
+        "version": 3,
         "arch": network.arch,
         "weights": hash_weights(network.model, model.classifier),
         "model": {key: value for key, value in network.model_kwargs.items() if key != "num_classes"},
@@ -1583,6 +1588,7 @@ def feature_key(model: InferenceModel) -> dict:
         "precision": str(model.dtype),
         "device": model.device.type,
         "machine": platform.machine(),
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
         "libraries": library_versions(),
     }
 

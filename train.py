@@ -509,6 +509,7 @@ def run_settings(arguments: dict, dataset: Dataset, features_key: dict) -> dict:
     settings = {name: value for name, value in plain_values(arguments).items() if name not in no_effect.split()}
     if arguments["finetune"] != "head":
         settings["processes"] = WORLD_SIZE
+    settings["threads"] = features_key["threads"]
     images = []
     for name, split in dataset.splits.items():
         images += [(name, target, sha256) for target, sha256 in zip(split.targets.tolist(), split.sha256)]

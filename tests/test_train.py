@@ -253,6 +253,12 @@ def test_resumed_run_gives_the_same_model(run, run_interrupted, trained, tree, t
     message = run("train", *args, code=2).error[0]
     assert "--resume" in message and "--restart" in message
     assert "lr was 0.01, is 0.02" in run("train", *args, "--resume", "--lr", 0.02, code=2).error[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)  # they decide how sums are split, and so the last bits
+    try:
+        assert f"threads was {threads}, is {threads + 1}" in run("train", *args, "--resume", code=2).error[0]
+    finally:
+        torch.set_num_threads(threads)
     first, second, extra = (data / "train" / "red" / name for name in ("red 0.png", "red 1.png", "more.png"))
     shutil.copy(first, extra)
     assert "images was" in run("train", *args, "--resume", code=2).error[0]
@@ -373,6 +379,20 @@ def test_features_are_found_by_content(run, tree, tmp_path):
     assert "remembered in" not in messages  # no features of another precision
     result = run("train", *args, "--out", tmp_path / "fifth", "--image-size", 48, "--epochs", 8, "--lr", 0.01)
     assert "remembered in" not in result.err and result.json["test_acc"] > 0.9
+
+
+def test_features_do_not_depend_on_what_the_cache_knows(run, tree, tmp_path):
+    """The last bits of this network depend on the size of a batch: a cache that a part of the tree has filled."""
+    shutil.copytree(tree, tmp_path / "part")
+    for file in [*(tmp_path / "part").rglob("* [1-5].png"), *(tmp_path / "part").rglob("green 1?.png")]:
+        file.unlink()
+    args = ["--epochs", 1, *SMALL, "--arch", "regnet_y_400mf"]
+    cached = [*args, "--cache", tmp_path / "cache"]
+    run("train", "--data", tmp_path / "part", "--out", tmp_path / "first", *cached)
+    messages = run("train", "--data", tree, "--out", tmp_path / "warm", *cached).err
+    assert "remembered" in messages and ", 0 to compute" not in messages
+    run("train", "--data", tree, "--out", tmp_path / "cold", *args, "--no-cache")
+    assert same_model(tmp_path / "warm", tmp_path / "cold")
 
 
 def test_damaged_cache_is_a_warning(run, tree, tmp_path):
