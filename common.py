@@ -414,7 +414,8 @@ def hold_lock(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if os.name != "nt":  # Windows cannot remove an open file
+            # Windows cannot remove an open file; and a file with content is that of another program.
+            if os.name != "nt" and not os.fstat(file.fileno()).st_size:
                 path.unlink(missing_ok=True)
             file.close()
     finally:
@@ -424,11 +425,15 @@ def hold_lock(path: Path) -> Iterator[None]:
 
 
 def acquire_lock(path: Path) -> IO[str]:
-    """Open and lock a file; closing it releases the lock. Raises LockedError if another process holds it."""
+    """Open and lock a file; closing it releases the lock. Raises LockedError if another process holds it.
+
+    A file that exists stays as it is, and a link is not followed: that is an OSError.
+    """
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            file = open(path, "w")
+            file = open(path, "a", opener=lambda name, flags: os.open(name, flags | no_link, 0o666))
         except FileNotFoundError:  # another process has just removed the empty folder
             continue
         try:

@@ -648,6 +648,15 @@ def test_lock(tmp_path):
     with common.hold_lock(lock):  # the error has released it
         pass
     assert lock.parent.exists()  # folders that were there before stay
+    lock.write_text("of another program")
+    with common.hold_lock(lock):
+        pass
+    assert lock.read_text() == "of another program"
+    lock.rename(lock.with_name("target"))
+    lock.symlink_to("target")
+    with pytest.raises(OSError, match=".lock"), common.hold_lock(lock):
+        pass
+    assert lock.is_symlink() and lock.read_text() == "of another program"
 
 
 def test_lock_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
