@@ -56,7 +56,7 @@ EXIT_CODES = """exit codes:
   0 success    1 a bug in this program (please report it)    2 wrong usage or input: see the error message
   3 finished, but some images could not be read (predict.py)    4 accuracy below --fail-under (evaluate.py)
   5 --only-if-better kept the old model (train.py)    75 another run holds the output folder
-  130, 143 ended by SIGINT, SIGTERM"""
+  129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM"""
 TTA_HELP = (
     "test-time augmentation: average the probabilities over the views that the model was trained with, one forward "
     "pass for each; refused for a model that was trained without views"
@@ -126,7 +126,8 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)  # Windows has no SIGHUP
+        for number in numbers:
             if signal.getsignal(number) != signal.SIG_IGN:  # a shell ignores SIGINT in the jobs it starts with &
                 with contextlib.suppress(ValueError):  # not in the main thread
                     signal.signal(number, handle_signal)
@@ -135,6 +136,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
         return run_main(argv) if WORLD_SIZE == 1 else leave_at_once_on_failure(lambda: run_main(argv))
 
     def run_main(argv: Sequence[str] | None) -> int:
+        code = 0
         try:
             code = main(argv) or 0
             print(end="", flush=True)  # so that a write error is reported here, not when Python exits
@@ -144,15 +146,15 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
         except KeyboardInterrupt as error:
             message, code = "interrupted", error.args[0] if error.args else EXIT_SIGINT
         except OSError as error:  # a full disk, a folder without write permission: name it
-            name, code = " to ".join(str(name) for name in (error.filename, error.filename2) if name), EXIT_USAGE
+            name = " to ".join(str(name) for name in (error.filename, error.filename2) if name)
             try:
                 print(end="", flush=True)
             except OSError:  # stdout itself failed: discard what is still buffered
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 name = name or "stdout"
             if isinstance(error, BrokenPipeError):  # the reader has seen enough, as in `predict.py ... | head`
-                return 0
-            message = f"{name}: {error.strerror}" if name else str(error)
+                return code
+            message, code = f"{name}: {error.strerror}" if name else str(error), EXIT_USAGE
         script = Path(sys.modules[main.__module__].__file__).name
         log(f"{script}: error: {message}", stamp=False, every_rank=True)
         return code
@@ -367,6 +369,20 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise OSError(error.errno, error.strerror, str(error.filename or path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def to_json_text(value: Any, indent: int | None = None) -> str:
+    """Return plain values as JSON. Raises UserError for numbers that JSON does not have: infinite ones and NaN."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        raise UserError("a number in the result is not finite: the model's weights or its data are damaged") from None
+
+
+def print_json(result: dict) -> None:
+    """Print the result of a script as a line on stdout. That its reader is gone does not change the exit code."""
+    with contextlib.suppress(BrokenPipeError):
+        print(to_json_text(result), flush=True)
 
 
 def csv_writer(file: IO[str]) -> Any:

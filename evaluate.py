@@ -17,7 +17,6 @@ import contextlib
 import csv
 import hashlib
 import html
-import json
 import math
 import os
 import platform
@@ -39,8 +38,8 @@ from common import View
 from common import add_cache_options, add_hardware_options, are_among, atomic_write, checkpoint_precision
 from common import checkpoint_views, command, draw_images, extract_features, fraction, hash_images, in_batches
 from common import library_versions, list_split, log, log_device, make_parser, new_figure, paired_difference
-from common import pick_device, pick_precision, printable, read_batches, read_checkpoint, read_known, rows_per_chunk
-from common import save_figure, unfamiliarity, wilson, write_csv
+from common import pick_device, pick_precision, print_json, printable, read_batches, read_checkpoint, read_known
+from common import rows_per_chunk, save_figure, to_json_text, unfamiliarity, wilson, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -99,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         title = f"{', '.join(model.name for model in models)} on {args.data.resolve().name}/{args.split}"
         write_report(folder / "report.html", title, [*sections, origin_section(models, content)])
         with atomic_write(folder / "metrics.json") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
+            file.write(to_json_text(content, indent=2) + "\n")
     log(f"wrote {args.out}/report.html, metrics.json and the files beside them")
-    print(json.dumps(content))
+    print_json(content)
     if args.fail_under is not None and content["accuracy"] < args.fail_under:
         log(f"accuracy {content['accuracy']:.4f} is below --fail-under {args.fail_under}")
         return EXIT_BELOW_BAR

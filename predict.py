@@ -21,7 +21,6 @@ import contextlib
 import functools
 import importlib
 import io
-import json
 import math
 import os
 import shlex
@@ -38,9 +37,9 @@ from common import EXIT_SOME_UNREADABLE, TTA_HELP
 from common import Checkpoint, ImageBatch, ImageError, InferenceModel, LazyModule, Progress, UserError, View
 from common import add_hardware_options, apply_view, atomic_write, center_square, checkpoint_precision, checkpoint_views
 from common import command, crops_squares, csv_writer, find_images, fraction, in_batches, log, log_device, make_parser
-from common import new_figure, one_line, open_image, pick_device, positive_int, printable, read_batches, read_checkpoint
-from common import read_image, resize_by_products, resize_weights, save_figure, unfamiliarity, write_csv
-from common import write_torch_file
+from common import new_figure, one_line, open_image, pick_device, positive_int, print_json, printable, read_batches
+from common import read_checkpoint, read_image, resize_by_products, resize_weights, save_figure, to_json_text
+from common import unfamiliarity, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -158,10 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     classifier = Classifier(model, checkpoint.classes, views, temperature, familiarity, args.workers)
     if args.scene:
         args.out.mkdir(parents=True, exist_ok=True)
-        print(json.dumps(write_map(args.out, args.scene, scene, map_scene(scene, classifier, tile, stride, rejection))))
+        print_json(write_map(args.out, args.scene, scene, map_scene(scene, classifier, tile, stride, rejection)))
         return 0
     if args.export:
-        print(json.dumps(export(args.export, checkpoint, classifier, paths)))
+        print_json(export(args.export, checkpoint, classifier, paths))
         return 0
     pages = PredictionPages(args.plot, classifier, rejection, args.explain) if args.plot else None
     features = FeatureFile(args.features, checkpoint) if args.features else None
@@ -312,10 +311,10 @@ class RecordWriter:
         elif self.format == "jsonl":
             first, *rest = [{"class": name, "probability": round(p, 6)} for name, p in best] or [{"error": error}]
             more = {"rest": rest} if best and self.top_k > 1 else {}
-            print(json.dumps({"path": path, **first, **more, **(unfamiliar if best else {})}))
+            print(to_json_text({"path": path, **first, **more, **(unfamiliar if best else {})}))
         else:
             columns = "  ".join(f"{p:7.2%} {printable(name):<{self.width}}" for name, p in best)
-            print(f"{columns}  {printable(path)}" if best else f"error:  {printable(path)} ({error})")
+            print(f"{columns}  {printable(path)}" if best else f"error:  {printable(path)} ({printable(error)})")
 
 
 class FeatureFile:
@@ -486,7 +485,7 @@ def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: It
             example, shapes = torch.zeros(2, 3, 65, 67, dtype=torch.uint8), ({0: dynamic, 2: dynamic, 3: dynamic},)
             module = exportable_model(classifier, dtype)
             program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
-            content, run = save_and_load(program, json.dumps(metadata))
+            content, run = save_and_load(program, to_json_text(metadata))
         except ImportError as error:
             packages = "pip install onnx onnxscript onnxruntime"
             raise UserError(f"--export {file}: {one_line(error)}; the packages it needs: {packages}") from None
@@ -810,7 +809,7 @@ def write_map(folder: Path, path: Path, scene: Image.Image, scene_map: SceneMap)
     report["expected_percent"] = dict(zip(names, (round(share, 4) for share in scene_map.expected_percent)))
     report["classes"] = names[:-1]
     with atomic_write(folder / "map.json") as file:
-        file.write(json.dumps(report, indent=2) + "\n")
+        file.write(to_json_text(report, indent=2) + "\n")
     log(f"wrote {folder}/map.png, map.csv, map.tif, map.json")
     return report
 

@@ -39,7 +39,8 @@ from PIL import Image, ImageOps
 from common import SPLITS
 from common import ImageError, Progress, UserError
 from common import atomic_write, command, fraction, hash_file, hold_lock, is_image_name, log, make_parser, one_line
-from common import open_image, positive_int, read_content, read_image, seed_number, walk_folders, write_csv
+from common import open_image, positive_int, print_json, read_content, read_image, seed_number, to_json_text
+from common import walk_folders, write_csv
 
 # The address and checksum that torchvision's datasets.EuroSAT uses.
 EUROSAT_URL = (
@@ -169,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.dry_run and is_complete(args.out, request, args.force, args.update):
             log(f"{args.out} is complete, nothing to do")
             records = read_splits_csv(out / "splits.csv")
-            print(json.dumps(result | summarize(records) | {"not_images": None, "rejected": None}))
+            print_json(result | summarize(records) | {"not_images": None, "rejected": None})
             return
         source = args.source
         if args.url:
@@ -199,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rejected:
         place = "in rejected.csv" if result["changed"] else "by --dry-run"
         log(f"left out {len(rejected)} file{'s' * (len(rejected) > 1)}, listed {place}")
-    print(json.dumps(result))
+    print_json(result)
 
 
 # ---------------------------------------------------------------- request, and the tree that exists
@@ -1005,7 +1006,7 @@ def build_tree(records: list[Record], rejected: list[Record], request: dict, lin
     if rejected:
         write_csv(staging / "rejected.csv", ["path", "reason"], [(record.path, record.reason) for record in rejected])
     with atomic_write(staging / REQUEST_FILE) as file:
-        json.dump(request, file)
+        file.write(to_json_text(request))
 
 
 def link_file(source: str, target: str, or_copy: bool) -> None:

@@ -16,7 +16,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import json
 import math
 import os
 import platform
@@ -38,9 +37,9 @@ from common import broadcast_from_rank0, checkpoint_precision, class_folders, co
 from common import draw_images, extract_features, fraction, hash_images, hold_lock, initialize_classifier
 from common import is_out_of_memory, library_versions, list_architectures, list_split, load_pretrained, log, log_device
 from common import make_parser, new_figure, non_negative_float, open_image, paired_difference, pick_precision
-from common import positive_float, positive_int, printable, process_group, read_batches, read_checkpoint, read_known
-from common import read_torch_file, relative_residuals, resize, rows_per_chunk, save_figure, seed_number, short_hashes
-from common import to_device, update_weights, usable_memory, write_csv, write_torch_file
+from common import positive_float, positive_int, print_json, printable, process_group, read_batches, read_checkpoint
+from common import read_known, read_torch_file, relative_residuals, resize, rows_per_chunk, save_figure, seed_number
+from common import short_hashes, to_device, update_weights, usable_memory, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -243,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         **suspects,
         "seconds": round(time.monotonic() - start, 1),
     }
-    print(json.dumps(report))
+    print_json(report)
     return None if better else EXIT_KEPT_OLD
 
 

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from PIL import Image
@@ -117,6 +118,13 @@ def command(script: str, *argv: object, **kwargs: object) -> subprocess.Complete
     """Run a script as a command, in a process of its own; `kwargs` are those of subprocess.run."""
     line = [sys.executable, ROOT / f"{script}.py", *argv]
     return subprocess.run([str(part) for part in line], capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def pipe_without_reader() -> TextIO:
+    """Return a pipe to write to, whose reader is gone, as in `script.py | true`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
 
 
 # ---------------------------------------------------------------- read what a script wrote

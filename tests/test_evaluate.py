@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from conftest import SMALL, command, load_pt, read_csv
+from conftest import SMALL, command, load_pt, pipe_without_reader, read_csv
 from PIL import Image
 from scipy import stats
 from sklearn import metrics as sklearn
@@ -431,9 +432,12 @@ def test_thresholds_are_chosen_on_val(run, trained, tree, tmp_path):
     assert "evaluate.py --split val" in " ".join(command("predict", "--help").stdout.split())
 
 
-def test_fail_under(run, trained, hard_tree, tmp_path):
+def test_fail_under(run, trained, hard_tree, tmp_path, monkeypatch):
     args = ["--checkpoint", trained.model, "--data", hard_tree, "--out", tmp_path / "out"]
     assert run("evaluate", *args, "--fail-under", 0.99, code=4).json["accuracy"] < 0.99
+    with monkeypatch.context() as patch, pipe_without_reader() as pipe:
+        patch.setattr(sys, "stdout", pipe)
+        assert "below --fail-under" in run("evaluate", *args, "--fail-under", 0.99, code=4).error[0]
     run("evaluate", *args, "--fail-under", 0.1)
     run("evaluate", *args, "--fail-under", 93, code=2)
 

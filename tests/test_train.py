@@ -22,7 +22,8 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SMALL, TINY, command, equal_tensors, load_pt, make_tree, names, read_csv, real, stamps, tile
+from conftest import ROOT, SMALL, TINY, command, equal_tensors, load_pt, make_tree, names
+from conftest import pipe_without_reader, read_csv, real, stamps, tile
 from PIL import Image
 
 FIELDS = ["epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "seconds"]
@@ -916,7 +917,7 @@ def test_audit_needs_no_val_or_test(run, tmp_path):
 # ---------------------------------------------------------------- --only-if-better
 
 
-def test_only_if_better(run, similar_tree, tmp_path):
+def test_only_if_better(run, similar_tree, tmp_path, monkeypatch):
     """The old model stays, with its history and exit code 5, unless the new one's calibrated val loss is as low."""
     out = tmp_path / "out"
     args = ["--data", similar_tree, "--out", out, "--only-if-better", *SMALL]
@@ -928,6 +929,9 @@ def test_only_if_better(run, similar_tree, tmp_path):
     assert worse.json["val_loss_calibrated"] > worse.json["old_val_loss_calibrated"]
     assert "90 remembered" in worse.err and "the old model is kept" in worse.err  # both models have the same backbone
     assert re.search(r"new minus old: -[\d.]+ points \(95% interval -[\d.]+ to [+-][\d.]+\)", worse.err)
+    with monkeypatch.context() as patch, pipe_without_reader() as pipe:
+        patch.setattr(sys, "stdout", pipe)
+        assert "the old model is kept" in run("train", *args, "--epochs", 1, "--lr", 1e-9, code=5).error[0]
     assert {name: (out / name).read_bytes() for name in before} == before and load_pt(out / "last.pt")["finished"]
     again = run("train", *args, "--epochs", 8, "--lr", 0.01).json
     assert (again["kept_old"], again["old_val_acc"], again["val_acc"]) == (False, first["val_acc"], first["val_acc"])

@@ -513,6 +513,19 @@ def test_error_messages_are_one_line():
     assert common.printable("a\nb") == "a\\nb" and common.printable("Fluß") == "Fluß"
 
 
+def test_messages_do_not_control_the_terminal(capsys):
+    common.log("a \x1b]0;title\x07\ud800\nFluß", stamp=False)
+    assert capsys.readouterr().err == "a \\x1b]0;title\\x07\\ud800\nFluß\n"
+    common.log("half", redraw=True)  # the bar of `Progress`
+    assert capsys.readouterr().err == "\r\x1b[Khalf"
+
+
+def test_json_has_no_infinite_numbers():
+    assert common.to_json_text({"a": [1.5, None]}) == '{"a": [1.5, null]}'
+    with pytest.raises(UserError, match="not finite"):
+        common.to_json_text({"a": [math.inf]})
+
+
 # ---------------------------------------------------------------- reading images
 
 
