@@ -298,16 +298,18 @@ def default_cache() -> Path | None:
     return base / "transfer-learning" / "features"
 
 
-def log(message: str, stamp: bool = True, every_rank: bool = False, end: str = "\n") -> None:
+def log(message: str, stamp: bool = True, every_rank: bool = False, redraw: bool = False) -> None:
     """Print a message on stderr, with date and time if stderr is not a terminal, and `stamp` is left on.
 
-    Of several processes only the first prints, unless `every_rank` is set.
+    Of several processes only the first prints, unless `every_rank` is set. With `redraw`, the message replaces the
+    terminal's current line. Characters that would control the terminal are escaped.
     """
     if RANK and not every_rank:
         return
     prefix = time.strftime("%Y-%m-%d %H:%M:%S ") if stamp and not sys.stderr.isatty() else ""
+    prefix, end = ("\r\x1b[K", "") if redraw else (prefix, "\n")
     try:
-        print(f"{prefix}{message}", end=end, file=sys.stderr, flush=True)
+        print(prefix + "\n".join(map(printable, message.split("\n"))), end=end, file=sys.stderr, flush=True)
     except OSError:  # stderr is closed or its disk is full: the work goes on without messages
         sys.stderr = open(os.devnull, "w")
 
@@ -335,7 +337,7 @@ class Progress:
         speed = f"{rate:.{0 if rate >= 100 else 1}f} {self.unit}/s"
         text = f"{self.label} {self.done}{total} {self.unit}, {speed}{rest}"
         if self.bar:
-            log(f"\r\x1b[K[{'#' * filled}{'.' * (20 - filled)}] {text}", end="")
+            log(f"[{'#' * filled}{'.' * (20 - filled)}] {text}", redraw=True)
         else:
             log(text)
 
@@ -344,7 +346,7 @@ class Progress:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self.bar:
-            log("\r\x1b[K", end="")
+            log("", redraw=True)
         seconds = time.monotonic() - self.start
         if kind is None and seconds > 1:
             log(f"{self.label}: {self.done} {self.unit} in {seconds:.1f} s, {self.done / seconds:.0f} {self.unit}/s")
