@@ -1773,20 +1773,27 @@ class Checkpoint(Network):
     native_size: int | None = None
 
 
+# What a file may contain: levels of dicts and lists, their items in all, and characters of a text, such as a path.
+MAX_DEPTH, MAX_ITEMS, MAX_TEXT = 10, 10**7, 4096
+
+
 def read_torch_file(path: str | Path) -> dict:
     """Read a dict with string keys by torch.load(weights_only=True), which runs no code from the file.
 
-    Raises UserError for a file that is missing, damaged (also by a single bit) or holds something else.
+    Raises UserError for a file that is missing, damaged (also by a single bit) or holds something else, for one that
+    would take more memory than its own size, and for values that no training writes (see `unusual_value`).
     """
     if not Path(path).is_file():
         raise UserError(f"{path} is not a regular file" if Path(path).exists() else f"no such file: {path}")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not verify them
+                if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+                    raise UserError(f"refused to load {path}: it is compressed, which no file of PyTorch is")
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
+    except (PermissionError, UserError):
         raise
     except Exception as error:  # pickle, zipfile and torch raise a dozen kinds for a damaged file
         if "unsupported global" in str(error).lower() or "unsupported class" in str(error).lower():
@@ -1794,7 +1801,33 @@ def read_torch_file(path: str | Path) -> dict:
         raise UserError(f"{path} is damaged, or not a PyTorch file") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path} does not contain a dict of tensors by name, but a {type(content).__name__}")
+    depth, items, level = 0, 0, [content]
+    while level:  # level by level: recursion would be bounded by the interpreter, and a value may contain itself
+        if problem := next(filter(None, map(unusual_value, level)), None):
+            raise UserError(f"refused to load {path}: it contains {problem}")
+        containers = [value for value in level if isinstance(value, (dict, list, tuple, set))]
+        depth, items = depth + 1, items + sum(map(len, containers))
+        if depth > MAX_DEPTH or items > MAX_ITEMS:
+            raise UserError(f"refused to load {path}: it contains values that are nested too deeply, or are too many")
+        level = list(chain.from_iterable(containers))
+        level += chain.from_iterable(value.values() for value in containers if isinstance(value, dict))
     return content
+
+
+def unusual_value(value: Any) -> str | None:
+    """Return what is wrong with a value that no training writes, and for which other code is not prepared, or None."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8", "surrogateescape")  # which the names of files always allow
+        except UnicodeEncodeError:
+            return "a text that is not Unicode"
+        return f"a text of {len(value)} characters" if len(value) > MAX_TEXT else None
+    if isinstance(value, (int, float)):
+        return None if abs(value) < 1 << 64 else "a number that is not finite, or too large"
+    if torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu":
+        stored = value.untyped_storage().nbytes()
+        return f"a tensor of {value.nbytes} bytes, of which {stored} are stored" if value.nbytes > stored else None
+    return None
 
 
 def write_torch_file(path: Path, content: dict) -> None:
@@ -1869,7 +1902,7 @@ def invalid_fields(content: dict) -> list[str]:
     measured = metrics.get("measured", {})
     classes, views, num_classes = content.get("classes"), content.get("views"), kwargs.get("num_classes")
     kinds = {"num_classes": int, "image_size": int, "aux_logits": bool, "transform_input": bool}
-    are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    are_names = isinstance(classes, list) and all(isinstance(name, str) and len(name) < 256 for name in classes)
     valid = {
         "version": is_number(content.get("version"), 0, FORMAT_VERSION + 1, (int,)),
         "arch": isinstance(content.get("arch"), str),
@@ -1884,8 +1917,8 @@ def invalid_fields(content: dict) -> list[str]:
         "interpolation": preprocessing.get("interpolation") in ("nearest", "nearest-exact", "bilinear", "bicubic"),
         "mean": is_channels(preprocessing.get("mean"), -math.inf),
         "std": is_channels(preprocessing.get("std"), 0),
-        "temperature": is_number(content.get("temperature"), 0, math.inf),
-        "temperature_tta": is_number(content.get("temperature_tta"), 0, math.inf),
+        "temperature": is_number(content.get("temperature"), 0.01, 100),
+        "temperature_tta": is_number(content.get("temperature_tta"), 0.01, 100),
         "views": isinstance(views, list)
         and set(map(repr, views)) <= set(map(repr, VIEWS["dihedral"]))
         and len(views) > 0,

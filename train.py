@@ -873,8 +873,9 @@ def calibrate(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
         # Where the loss is concave in log_inverse, its slope is left out of the curvature, which thus stays positive.
         curvature = inverse**2 * (weights @ variance).item() + max(slope, 0) + precision
         step = -(slope + precision * log_inverse) / curvature
-        log_inverse += min(max(step, -0.7), 0.7)
-        if abs(step) < 1e-7:
+        previous = log_inverse
+        log_inverse = min(max(previous + min(max(step, -0.7), 0.7), -4.6), 4.6)  # temperatures between 0.01 and 100
+        if abs(log_inverse - previous) < 1e-7:
             break
     loss = torch.nn.functional.cross_entropy(logits * math.exp(log_inverse), targets, reduction="none")
     return math.exp(-log_inverse), (weights @ loss).item()

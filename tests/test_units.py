@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import time
+import zipfile
 
 import common
 import pytest
@@ -155,7 +156,7 @@ def test_calibrate_finds_the_best_temperature(weighted):
     """Compare with a search over a fine grid, with the prior of the temperature and the effective number of images."""
     targets = torch.arange(300) % 5
     weights = 1 + 9 * (targets == 0) if weighted else torch.ones(300)
-    for scale, count in ((0.3, 300), (1, 300), (6, 300), (1000, 300), (0.1, 300), (4, 20), (0.1, 20)):
+    for scale, count in ((0.3, 300), (1, 300), (6, 300), (80, 300), (0.1, 300), (4, 20), (0.1, 20)):
         logits = scale * (random_tensor(300, 5) + 1.5 * nn.functional.one_hot(targets, 5))[:count]
         rows = torch.arange(count)
         temperature, loss = train.calibrate(logits, targets[:count], weights[:count])
@@ -187,6 +188,10 @@ def test_calibrate_without_errors_and_without_numbers():
     temperatures = [train.calibrate(scale * torch.eye(3), targets, torch.ones(3))[0] for scale in (1, 4, 16)]
     assert 0.3 < temperatures[0] < 1 and 0.3 < min(temperatures) and temperatures[2] == pytest.approx(1, abs=0.01)
     assert train.calibrate(torch.full((3, 3), math.nan), targets, torch.ones(3)) == (1.0, math.inf)
+    # The bounds of `invalid_fields`: losses in the thousands, and many images without an error.
+    many = torch.arange(30_000) % 3
+    assert 99 < train.calibrate(1e6 * random_tensor(30_000, 3), many, torch.ones(30_000))[0] < 100
+    assert 0.01 < train.calibrate(1e-4 * nn.functional.one_hot(many, 3), many, torch.ones(30_000))[0] < 0.011
 
 
 def test_class_weights_apply_to_the_calibrated_loss():
@@ -786,7 +791,9 @@ def test_weights_from_a_checkpoint_keep_their_input_scale(tmp_path):
         (["preprocessing", "mean"], [math.nan] * 3, "mean"),
         (["preprocessing", "std"], [0.5, 0.0, 0.5], "std"),
         (["temperature"], 0.0, "temperature"),
-        (["temperature"], math.inf, "temperature"),
+        (["temperature"], 1e-320, "temperature"),
+        (["temperature"], 1e5, "temperature"),
+        (["classes"], ["a", "b" * 256], "classes"),
         (["temperature_tta"], math.nan, "temperature_tta"),
         (["views"], [], "views"),
         (["views"], [(4, False)], "views"),
@@ -806,6 +813,40 @@ def test_invalid_fields_of_a_checkpoint(path, value, field):
     target = content[parents[0]] if parents else content
     target[name] = value
     assert common.invalid_fields(content) == [field]
+
+
+def nested(depth, width=1):
+    return [nested(depth - 1, width)] * width if depth else 0
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (nested(20), "nested too deeply"),
+        (nested(8, 10), "are too many"),  # a hundred million items, although the file is small
+        ({"key": ["a" * 5000]}, "a text of 5000 characters"),
+        ({"\ud800": 1}, "not Unicode"),
+        ([math.nan], "a number that is not finite"),
+        (10**100, "a number that is not finite, or too large"),
+        (torch.zeros(1).expand(10**12), "a tensor of 4000000000000 bytes, of which 4 are stored"),
+    ],
+)
+def test_values_that_no_training_writes(tmp_path, monkeypatch, value, words):
+    monkeypatch.setattr(common, "MAX_ITEMS", 10**5)
+    torch.save({"value": value}, tmp_path / "file.pt")
+    with pytest.raises(UserError, match=words):
+        common.read_torch_file(tmp_path / "file.pt")
+
+
+def test_a_compressed_file_is_refused(tmp_path):
+    """It would take far more memory than disk."""
+    torch.save({"name": os.fsdecode(b"\xff"), "values": torch.zeros(1 << 20)}, tmp_path / "file.pt")
+    assert common.read_torch_file(tmp_path / "file.pt")["name"] == "\udcff"
+    with zipfile.ZipFile(tmp_path / "file.pt") as plain, zipfile.ZipFile(tmp_path / "small.pt", "w", 8) as small:
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name))
+    with pytest.raises(UserError, match="compressed"):
+        common.read_torch_file(tmp_path / "small.pt")
 
 
 def test_missing_fields_of_a_checkpoint():
