@@ -23,6 +23,7 @@ import importlib
 import io
 import math
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -36,10 +37,10 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, TiffImagePlugin
 from common import EXIT_SOME_UNREADABLE, TTA_HELP
 from common import Checkpoint, ImageBatch, ImageError, InferenceModel, LazyModule, Progress, UserError, View
 from common import add_hardware_options, apply_view, atomic_write, center_square, checkpoint_precision, checkpoint_views
-from common import command, crops_squares, csv_writer, find_images, fraction, in_batches, log, log_device, make_parser
-from common import new_figure, one_line, open_image, pick_device, positive_int, print_json, printable, read_batches
-from common import read_checkpoint, read_image, resize_by_products, resize_weights, save_figure, to_json_text
-from common import unfamiliarity, write_csv, write_torch_file
+from common import command, crops_squares, csv_writer, find_images, fraction, in_batches, is_image_name, log, log_device
+from common import make_parser, new_figure, one_line, open_image, pick_device, positive_int, print_json, printable
+from common import read_batches, read_checkpoint, read_image, resize_by_products, resize_weights, save_figure
+from common import to_json_text, unfamiliarity, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -137,14 +138,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output("--plot", args.plot, ".png")
     check_output("--features", args.features)
     check_output("--export", args.export, ".pt2", ".onnx")
-    paths = list_paths(args.images, args.null)
+    written = [args.out / name for name in MAP_FILES] if args.scene else [args.plot, args.features, args.export]
+    outputs = Outputs([file for file in written if file], args.plot)
+    outputs.admit(args.checkpoint)
+    paths = list_paths(args.images, args.null, outputs)
     with contextlib.suppress(AttributeError):  # file names need not be UTF-8, nor is a pipe on Windows by default
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     device = pick_device("cpu" if args.export else args.device)
     checkpoint = read_checkpoint(args.checkpoint)
     if args.scene:
+        for path in (args.scene, args.scene.parent / f"{args.scene.stem}.pgw"):  # the scene and a world file
+            outputs.admit(path)
         tile, stride = pick_tile(args.tile, args.stride, checkpoint.native_size)
-        scene = read_scene(args.scene, tile, args.out)
+        scene = read_scene(args.scene, tile)
     precision = "fp32" if args.export else checkpoint_precision(checkpoint, args.precision)
     model = InferenceModel(checkpoint, device, precision)
     log_device(device, [model.dtype])
@@ -179,14 +185,41 @@ def check_output(option: str, file: Path | None, *suffixes: str) -> None:
         raise UserError(f"{option} {file}: the name has to end in {' or '.join(suffixes)}; call it {names}")
 
 
-def list_paths(arguments: list[str], null: bool) -> Iterator[str | None]:
-    """Return the paths in files, folders and on stdin. Raises UserError for a folder without images."""
-    for folder in filter(os.path.isdir, arguments):
-        if next(find_images(folder), None) is None:
-            raise UserError(f"no images in folder {folder}")
-    return chain.from_iterable(
+class Outputs(NamedTuple):
+    """The files that this run writes, none of which may be a file that it reads."""
+
+    files: Sequence[Path]
+    plot: Path | None  # the first page of --plot
+
+    def admit(self, path: str | Path) -> str | Path:
+        """Return the path of an input. Raises UserError if an output would replace it, or lie in it as an image."""
+        with contextlib.suppress(OSError, ValueError):  # what cannot be found cannot be replaced
+            number = self.plot and re.search(r"-(\d+)$", Path(path).resolve().stem)
+            for file in [*self.files, *([page_file(self.plot, int(number[1]))] if number else [])]:
+                if file.exists() and os.path.samefile(path, file):
+                    raise UserError(f"{file} would replace an input, {path}; choose another name for the output")
+                inside = os.path.isdir(path) and file.parent.resolve().is_relative_to(Path(path).resolve())
+                if inside and is_image_name(file.name):
+                    raise UserError(
+                        f"{file} would be an input of the next run, as it lies in {path}; write it elsewhere"
+                    )
+        return path
+
+
+def page_file(plot: Path, page: int) -> Path:
+    """Return the file of a page of --plot: FILE.png, FILE-2.png, ..."""
+    return plot if page == 1 else plot.with_stem(f"{plot.stem}-{page}")
+
+
+def list_paths(arguments: list[str], null: bool, outputs: Outputs) -> Iterator[str | None]:
+    """Return the paths in files, folders and on stdin. Raises UserError for a folder without images, or for outputs."""
+    for path in arguments:
+        if os.path.isdir(outputs.admit(path)) and next(find_images(path), None) is None:
+            raise UserError(f"no images in folder {path}")
+    found = (
         read_stdin(null) if path == "-" else find_images(path) if os.path.isdir(path) else [path] for path in arguments
     )
+    return (path and outputs.admit(path) for path in chain.from_iterable(found))
 
 
 def read_stdin(null: bool) -> Iterator[str | None]:
@@ -430,7 +463,7 @@ class PredictionPages:
                 draw_cam(middle[0], image.size, seen, grad_cam(model, prediction.pixels, target))
             best = prediction.rank(self.classifier.classes, BARS)
             draw_bars(right, best, self.rejection.applies(best[0][1], prediction.unfamiliar))
-        file = self.file if self.page == 1 else self.file.with_name(f"{self.file.stem}-{self.page}{self.file.suffix}")
+        file = page_file(self.file, self.page)
         save_figure(file, figure)
         log(f"wrote {file}")
         self.pictures, self.page = [], self.page + 1
@@ -593,6 +626,7 @@ def max_difference(classifier: Classifier, images: Sequence[Image.Image], run: C
 # ---------------------------------------------------------------- map of a scene
 
 MAX_MAP_SIDE, LEGEND_ROWS, OPACITY = 4096, 30, 0.6  # pixels of map.png; names in the legend; opacity of the colors
+MAP_FILES = ("map.png", "map.csv", "map.json", "map.tif", "map.pgw")  # written, or of an earlier version and removed
 WORLD_FILES = (".pgw", ".jgw", ".tfw", ".wld")
 GRAY = (128, 128, 128)  # the color of unknown
 # Found by a search for the largest minimum distance between any two of them and GRAY: in OKLab, blended with gray, for
@@ -648,8 +682,8 @@ def pick_tile(tile: int | None, stride: int | None, native_size: int | None) -> 
     return tile, stride or tile
 
 
-def read_scene(path: Path, tile: int, out: Path) -> Image.Image:
-    """Read a scene. Raises UserError if it is smaller than a tile, or if the map in `out` would replace it."""
+def read_scene(path: Path, tile: int) -> Image.Image:
+    """Read a scene. Raises UserError if it is smaller than a tile."""
     Image.MAX_IMAGE_PIXELS = MAX_SCENE_PIXELS // 2  # Pillow warns above this number, and refuses twice as many
     TiffImagePlugin.logger.disabled = True  # it prints an error that is raised anyway
     for (order, end), name in product(((b"II", "L"), (b"MM", "B")), ("RGB", "RGBA")):
@@ -679,8 +713,6 @@ def read_scene(path: Path, tile: int, out: Path) -> Image.Image:
     if min(image.size) < tile:
         size = f"{image.width} x {image.height} pixels"
         raise UserError(f"tiles of {tile} pixels are larger than {path}, which has {size}; see --tile")
-    if path.resolve() in [(out / name).resolve() for name in ("map.png", "map.tif")]:
-        raise UserError(f"the map would replace the scene, {path}; choose another --out")
     return image
 
 

@@ -344,6 +344,30 @@ def test_pages_of_pictures(classify, tree, images, tmp_path):
     assert "is a folder" in classify(images, "--plot", ".", code=2).error[0]
 
 
+def test_no_output_replaces_an_input(trained, classify, images, tmp_path, monkeypatch):
+    """Not even a later page of --plot, or an input with another name; nothing is written."""
+    (images / "0-2.png").write_bytes((images / "1.png").read_bytes())
+    (tmp_path / "link.png").symlink_to(images / "0.png")
+    (tmp_path / "model.pt2").write_bytes(trained.model.read_bytes())
+    before = {file: file.read_bytes() for file in [*images.rglob("*.*"), tmp_path / "model.pt2"]}
+    one, model = images / "0.png", tmp_path / "model.pt2"
+    for argv in (
+        (one, "--plot", one),
+        (tmp_path / "link.png", "--plot", one),
+        (images / "2.png", images / "0-2.png", "--plot", one),
+        (one, "--features", one),
+        (one, "--features", model),
+        ("--export", model),
+    ):
+        result = classify(*argv, model=model, code=2)
+        assert "would replace an input" in result.error[0] and result.out == ""
+    assert "write it elsewhere" in classify(images, "--plot", images / "sub" / "new.png", code=2).error[0]
+    paths = io.BytesIO(f"{images}/1.png\n{images}/0-2.png".encode())  # this one would be the second page
+    monkeypatch.setattr(sys, "stdin", argparse.Namespace(buffer=paths))
+    assert "would replace an input" in classify("-", "--plot", one, code=2).error[0]
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
 def test_grad_cam_is_high_where_the_color_of_the_class_is():
     """A network that measures how red, how green and how blue an image is: each class is found on its color's patch."""
     network = torch.nn.Sequential(
@@ -678,7 +702,7 @@ def test_scene_of_16_bits(classify, write_scene, mosaic, tmp_path, count, option
         return bands
 
     scene = write_scene(convert, dtype="uint16", **options)
-    image = numpy.asarray(predict.read_scene(scene, 32, tmp_path))
+    image = numpy.asarray(predict.read_scene(scene, 32))
     result = classify("--scene", scene, "--tile", 32, "--out", tmp_path / "map")
     pixels = convert(numpy.asarray(Image.open(mosaic[0])).astype("int64").transpose(2, 0, 1))[:3].transpose(1, 2, 0)
     low, high = (numpy.percentile(pixels[:, 48:], share) for share in (2, 98))
@@ -692,7 +716,7 @@ def test_scene_of_16_bits(classify, write_scene, mosaic, tmp_path, count, option
 def test_scene_of_four_bands_and_scenes_that_pillow_cannot_read(classify, write_scene, mosaic, tmp_path):
     numpy = pytest.importorskip("numpy")
     scene = write_scene(lambda bands: numpy.concatenate([bands, bands[:1]]), photometric="RGB", ALPHA="UNSPECIFIED")
-    assert predict.read_scene(scene, 32, tmp_path).tobytes() == Image.open(mosaic[0]).tobytes()
+    assert predict.read_scene(scene, 32).tobytes() == Image.open(mosaic[0]).tobytes()
     for changes in (
         {"dtype": "uint16", "interleave": "band"},
         {"interleave": "band", "compress": "deflate", "photometric": "MINISBLACK"},
@@ -758,7 +782,11 @@ def test_wrong_scenes(classify, mosaic, images, tmp_path, monkeypatch):
         assert word in classify(*argv, code=2).error[0]
     (tmp_path / "map.png").write_bytes(mosaic[0].read_bytes())
     argv = "--scene", tmp_path / "map.png", "--out", tmp_path, "--tile", 32
-    assert "would replace the scene" in classify(*argv, code=2).error[0]
+    assert "would replace an input" in classify(*argv, code=2).error[0]
+    (tmp_path / "map.png").rename(tmp_path / "map.bmp")
+    (tmp_path / "scene.PGW").rename(tmp_path / "map.pgw")  # the map would remove the scene's world file
+    argv = "--scene", tmp_path / "map.bmp", *argv[2:]
+    assert "map.pgw would replace an input" in classify(*argv, code=2).error[0] and (tmp_path / "map.pgw").exists()
     (tmp_path / "scene.PGW").write_text("1 2 3")
     assert "scene.PGW" in classify(*scene, *out, "--tile", 32, code=2).error[0]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # restored after the test
