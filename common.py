@@ -33,6 +33,7 @@ import statistics
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -550,6 +551,9 @@ IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM")
 # What files of these formats are called, which is more than torchvision's ImageFolder lists.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".tif", ".tiff", ".webp", ".bmp")
 IMAGE_EXTENSIONS += (".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
+LARGE_IMAGE = 25_000_000  # pixels; an image takes up to 12 bytes a pixel until it is resized
+large_image = threading.Lock()  # held by the thread that reads a larger one, so that one at a time is in memory
+reading = threading.local()  # `scope`, in a thread that reads images: what an image in it holds until it is dropped
 SPLITS = ("train", "val", "test")
 MAX_IMAGE_SIZE = 4096  # pixels per side of the images that a network takes
 View = tuple[int, bool]  # quarter turns counterclockwise, and whether the image is mirrored first
@@ -602,6 +606,8 @@ def read_image(path: str | Path, size: int | None = None, content: bytes | None 
         with open_image(path if content is None else io.BytesIO(content)) as image:
             if size and image.format in ("JPEG", "MPO"):
                 image.draft(None, (2 * size, 2 * size))
+            if math.prod(image.size) > LARGE_IMAGE and hasattr(reading, "scope"):
+                reading.scope.enter_context(large_image)
             image.load()
             is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             with contextlib.suppress(Exception):  # a broken EXIF block does not make the pixels unreadable
@@ -851,7 +857,7 @@ def read_batches(
 
     `read` turns an item of a batch, and the size to which the image will be resized, into an RGB image. A None among
     the batches announces a possible wait for the next one: all that has been started is yielded first, then the None.
-    Besides a batch, at most two chunks of images per thread are in memory.
+    Besides a batch, at most two chunks of resized images per thread are in memory, and of files an image per thread.
 
     Threads are enough, because Pillow and torch release the interpreter lock while they decode and resize; unlike
     worker processes they start at once and need no shared memory.
@@ -859,14 +865,15 @@ def read_batches(
     size, interpolation = preprocessing["size"], preprocessing["interpolation"]
 
     def load(chunk: list[Any]) -> tuple[torch.Tensor, list[ImageError | None]]:
-        images, errors = [], []
+        parts, errors = [], []
         for item in chunk:
             try:
-                images.append(read(item, size))
+                with contextlib.ExitStack() as reading.scope:
+                    parts.append(preprocess([read(item, size)], preprocessing))
                 errors.append(None)
             except ImageError as error:
-                errors.append(error)
-        return preprocess(images, preprocessing), errors
+                errors.append(ImageError(error.path, error.reason))  # without a traceback, which would keep the pixels
+        return join_pixels(parts, size, interpolation), errors
 
     def merge(batch: list[Any], tasks: list[Future]) -> ImageBatch:
         parts, errors = zip(*(task.result() for task in tasks))

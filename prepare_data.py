@@ -39,7 +39,7 @@ from PIL import Image, ImageOps
 from common import SPLITS
 from common import ImageError, Progress, UserError
 from common import atomic_write, command, fraction, hash_file, hold_lock, is_image_name, log, make_parser, one_line
-from common import open_image, positive_int, print_json, read_content, read_image, seed_number, to_json_text
+from common import open_image, positive_int, print_json, read_content, read_image, reading, seed_number, to_json_text
 from common import walk_folders, write_csv
 
 # The address and checksum that torchvision's datasets.EuroSAT uses.
@@ -691,7 +691,8 @@ def check_image(record: Record) -> Record:
         return record
     try:
         content = read_content(record.file)
-        read_image(record.file, content=content)
+        with contextlib.ExitStack() as reading.scope:
+            read_image(record.file, content=content)
     except ImageError as error:
         return replace(record, reason=error.reason)
     return replace(record, sha256=hashlib.sha256(content).hexdigest())
