@@ -156,6 +156,10 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
             if isinstance(error, BrokenPipeError):  # the reader has seen enough, as in `predict.py ... | head`
                 return code
             message, code = f"{name}: {error.strerror}" if name else str(error), EXIT_USAGE
+        except (MemoryError, RuntimeError, ImportError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message, code = ": ".join(filter(None, ("not enough memory", one_line(error)[:200]))), EXIT_USAGE
         script = Path(sys.modules[main.__module__].__file__).name
         log(f"{script}: error: {message}", stamp=False, every_rank=True)
         return code
@@ -1070,13 +1074,20 @@ def precision_name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error of torch means that the memory of the device is used up.
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error means that the memory of the device or the machine is used up.
 
-    MPS, cuDNN and cuBLAS have their own errors for that, and so does the CPU.
+    CUDA, MPS, cuDNN, cuBLAS and the CPU have their own errors for that, and so has a library that cannot be loaded.
     """
-    words = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
+    words = (
+        "out of memory",
+        "alloc_failed",
+        "not enough memory",
+        "allocate memory",
+        "bad_alloc",
+        "failed to map segment",
+    )
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -1324,8 +1335,9 @@ class InferenceModel:
     def __init__(self, network: Network, device: torch.device, precision: str) -> None:
         self.network, self.preprocessing, self.device = network, network.preprocessing, device
         self.dtype = pick_precision(precision, device)  # of the backbone; the classifier computes in float32
-        # 16 images keep a CPU's cores busy and its caches warm; MPS often has little memory.
-        self.batch_size = {"cpu": 16, "mps": 32}.get(device.type, 128)
+        # 16 images keep a CPU's cores busy and its caches warm; MPS often has little memory. Fewer if they are large.
+        most = {"cpu": 16, "mps": 32}.get(device.type, 128)
+        self.batch_size = max(1, min(most, most * 512**2 // self.preprocessing["size"] ** 2))
         self.expendable: dict[str, torch.Tensor] = {}  # what is dropped first if the memory of the device is used up
         # For a row of pixels in 0..255, channels last: [3 S].
         mean, std = (torch.tensor(self.preprocessing[key] * self.preprocessing["size"]) for key in ("mean", "std"))
@@ -1387,7 +1399,7 @@ class InferenceModel:
             return torch.cat([self.forward_features(part) for part in pixels.split(self.batch_size)])
         try:
             return self._forward_batch(pixels)
-        except (RuntimeError, AssertionError, ValueError) as error:
+        except (RuntimeError, AssertionError, ValueError, MemoryError) as error:
             if not is_out_of_memory(error):
                 self._check_image_size()
                 raise

@@ -330,6 +330,33 @@ def test_large_images_are_in_memory_one_at_a_time(classify, images, monkeypatch)
     assert 1 < max(alive) <= 4  # one for each thread
 
 
+NO_MEMORY = [
+    RuntimeError("[enforce fail at alloc_cpu.cpp:128] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_too_little_memory_is_one_line(classify, images, monkeypatch, error):
+    """Of a batch, half is tried."""
+    forward, expected = InferenceModel._forward_batch, classes(classify(images).out)
+
+    def limited(model, pixels):
+        if len(pixels) > 1 and not isinstance(error, ImportError):
+            raise error
+        return forward(model, pixels)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(InferenceModel, "_forward_batch", limited)
+    assert classes(classify(images).out) == expected
+    monkeypatch.setattr(predict, "read_checkpoint", fail)
+    message = classify(images, code=2).error[0]
+    assert message == f"predict.py: error: not enough memory: {error}".removesuffix(": ")
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(trained, images):

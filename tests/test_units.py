@@ -700,6 +700,16 @@ def test_hash_of_a_file(tmp_path):
         common.hash_file(tmp_path)
 
 
+def test_batches_of_large_images_are_small():
+    """A checkpoint may ask for images of 4096 pixels, of which 16 take 50 GB."""
+    network = common.load_pretrained("mobilenet_v3_small", "none", 2, 224, None, 0)
+    sizes = {}
+    for size in (32, 224, 512, 1024, 4096):
+        network.preprocessing["size"] = size
+        sizes[size] = common.InferenceModel(network, torch.device("cpu"), "fp32").batch_size
+    assert sizes == {32: 16, 224: 16, 512: 16, 1024: 4, 4096: 1}
+
+
 def test_hash_of_weights_leaves_out_the_classifier():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     before = common.hash_weights(model, "1")
