@@ -127,6 +127,8 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        if argv is None and sys.getfilesystemencoding() != "utf-8":  # in the locale C, but file names are UTF-8
+            os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
         numbers = signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)  # Windows has no SIGHUP
         for number in numbers:
             if signal.getsignal(number) != signal.SIG_IGN:  # a shell ignores SIGINT in the jobs it starts with &
