@@ -139,16 +139,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output("--features", args.features)
     check_output("--export", args.export, ".pt2", ".onnx")
     written = [args.out / name for name in MAP_FILES] if args.scene else [args.plot, args.features, args.export]
-    outputs = Outputs([file for file in written if file], args.plot)
-    outputs.admit(args.checkpoint)
-    paths = list_paths(args.images, args.null, outputs)
+    admit = functools.partial(admit_input, [file for file in written if file], args.plot)
+    admit(args.checkpoint)
+    paths = list_paths(args.images, args.null, admit)
     with contextlib.suppress(AttributeError):  # file names need not be UTF-8, nor is a pipe on Windows by default
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     device = pick_device("cpu" if args.export else args.device)
     checkpoint = read_checkpoint(args.checkpoint)
     if args.scene:
         for path in (args.scene, args.scene.parent / f"{args.scene.stem}.pgw"):  # the scene and a world file
-            outputs.admit(path)
+            admit(path)
         tile, stride = pick_tile(args.tile, args.stride, checkpoint.native_size)
         scene = read_scene(args.scene, tile)
     precision = "fp32" if args.export else checkpoint_precision(checkpoint, args.precision)
@@ -185,41 +185,27 @@ def check_output(option: str, file: Path | None, *suffixes: str) -> None:
         raise UserError(f"{option} {file}: the name has to end in {' or '.join(suffixes)}; call it {names}")
 
 
-class Outputs(NamedTuple):
-    """The files that this run writes, none of which may be a file that it reads."""
-
-    files: Sequence[Path]
-    plot: Path | None  # the first page of --plot
-
-    def admit(self, path: str | Path) -> str | Path:
-        """Return the path of an input. Raises UserError if an output would replace it, or lie in it as an image."""
-        with contextlib.suppress(OSError, ValueError):  # what cannot be found cannot be replaced
-            number = self.plot and re.search(r"-(\d+)$", Path(path).resolve().stem)
-            for file in [*self.files, *([page_file(self.plot, int(number[1]))] if number else [])]:
-                if file.exists() and os.path.samefile(path, file):
-                    raise UserError(f"{file} would replace an input, {path}; choose another name for the output")
-                inside = os.path.isdir(path) and file.parent.resolve().is_relative_to(Path(path).resolve())
-                if inside and is_image_name(file.name):
-                    raise UserError(
-                        f"{file} would be an input of the next run, as it lies in {path}; write it elsewhere"
-                    )
-        return path
+def admit_input(outputs: Sequence[Path], plot: Path | None, path: str | Path) -> str | Path:
+    """Return the path of an input. Raises UserError if an output would replace it, or be an image in that folder."""
+    with contextlib.suppress(OSError, ValueError):  # what cannot be found cannot be replaced
+        number = plot and re.search(r"-\d+$", Path(path).resolve().stem)  # as in the name of a later page
+        for file in [*outputs, *([plot.with_stem(plot.stem + number[0])] if number else [])]:
+            if file.exists() and os.path.samefile(path, file):
+                raise UserError(f"{file} would replace an input, {path}; choose another name for the output")
+            if Path(path).resolve() in file.resolve().parents and is_image_name(file.name):
+                raise UserError(f"{file} lies in {path}, where the next run would classify it; write it elsewhere")
+    return path
 
 
-def page_file(plot: Path, page: int) -> Path:
-    """Return the file of a page of --plot: FILE.png, FILE-2.png, ..."""
-    return plot if page == 1 else plot.with_stem(f"{plot.stem}-{page}")
-
-
-def list_paths(arguments: list[str], null: bool, outputs: Outputs) -> Iterator[str | None]:
+def list_paths(arguments: list[str], null: bool, admit: Callable[[str], str]) -> Iterator[str | None]:
     """Return the paths in files, folders and on stdin. Raises UserError for a folder without images, or for outputs."""
-    for path in arguments:
-        if os.path.isdir(outputs.admit(path)) and next(find_images(path), None) is None:
+    for path in map(admit, arguments):
+        if os.path.isdir(path) and next(find_images(path), None) is None:
             raise UserError(f"no images in folder {path}")
     found = (
         read_stdin(null) if path == "-" else find_images(path) if os.path.isdir(path) else [path] for path in arguments
     )
-    return (path and outputs.admit(path) for path in chain.from_iterable(found))
+    return (path and admit(path) for path in chain.from_iterable(found))
 
 
 def read_stdin(null: bool) -> Iterator[str | None]:
@@ -463,7 +449,7 @@ class PredictionPages:
                 draw_cam(middle[0], image.size, seen, grad_cam(model, prediction.pixels, target))
             best = prediction.rank(self.classifier.classes, BARS)
             draw_bars(right, best, self.rejection.applies(best[0][1], prediction.unfamiliar))
-        file = page_file(self.file, self.page)
+        file = self.file if self.page == 1 else self.file.with_name(f"{self.file.stem}-{self.page}{self.file.suffix}")
         save_figure(file, figure)
         log(f"wrote {file}")
         self.pictures, self.page = [], self.page + 1
@@ -711,8 +697,7 @@ def read_scene(path: Path, tile: int) -> Image.Image:
     if read_georeference(path) and turned:  # programs disagree on what that means
         raise UserError(f"{path} is turned by its EXIF tag, its georeference is not: save it upright, without the tag")
     if min(image.size) < tile:
-        size = f"{image.width} x {image.height} pixels"
-        raise UserError(f"tiles of {tile} pixels are larger than {path}, which has {size}; see --tile")
+        raise UserError(f"--tile {tile} is larger than {path}, which has {image.width} x {image.height} pixels")
     return image
 
 
