@@ -308,7 +308,8 @@ class RecordWriter:
 
     def __init__(self, record_format: str, classes: list[str], rejection: Rejection, top_k: int) -> None:
         self.format, self.classes, self.top_k = record_format, classes, min(top_k, len(classes))
-        self.width = max(len(printable(name)) for name in [*classes, UNKNOWN])
+        space = len("100.00% " if rejection == Rejection(0, None) else unknown_label("", 1))
+        self.width = space + max(len(printable(name)) for name in classes)  # of a table's columns
         self.rejection, self.csv = rejection, csv_writer(sys.stdout)
         if self.format == "csv":
             others = [f"{column}_{k}" for k in range(2, self.top_k + 1) for column in ("class", "probability")]
@@ -317,13 +318,13 @@ class RecordWriter:
 
     def write(self, prediction: Prediction) -> None:
         """Print the record of an image."""
-        path, error, best, unfamiliar = prediction.path, prediction.error, [], {}
+        path, error, unfamiliar = prediction.path, prediction.error, {}
         if self.rejection.unfamiliar_share is not None:
             unfamiliar = {"unfamiliar": None if error else round(prediction.unfamiliar, 4)}
-        if error is None:
-            best = prediction.rank(self.classes, self.top_k)
-            if self.rejection.applies(best[0][1], prediction.unfamiliar):
-                best = [(UNKNOWN, best[0][1]), *best][: self.top_k]
+        best = prediction.rank(self.classes, self.top_k) if error is None else []
+        unknown = error is None and self.rejection.applies(best[0][1], prediction.unfamiliar)
+        if unknown and self.format != "table":
+            best = [(UNKNOWN, best[0][1]), *best][: self.top_k]
         if self.format == "csv":
             cells = [cell for name, p in best for cell in (name, round(p, 6))] or [""] * (2 * self.top_k)
             self.csv.writerow([path, *cells, *unfamiliar.values(), error])
@@ -332,8 +333,14 @@ class RecordWriter:
             more = {"rest": rest} if best and self.top_k > 1 else {}
             print(to_json_text({"path": path, **first, **more, **(unfamiliar if best else {})}))
         else:
-            columns = "  ".join(f"{p:7.2%} {printable(name):<{self.width}}" for name, p in best)
-            print(f"{columns}  {printable(path)}" if best else f"error:  {printable(path)} ({printable(error)})")
+            cells = [f"{p:7.2%} {printable(name)}".ljust(self.width) for name, p in best]
+            cells[:1] = [unknown_label(*best[0]).ljust(self.width)] if unknown else cells[:1]
+            print("  ".join([*cells, printable(path)]) if best else f"error:  {printable(path)} ({printable(error)})")
+
+
+def unknown_label(name: str, probability: float) -> str:
+    """Return UNKNOWN with the most probable class behind it, for people to read."""
+    return f"{UNKNOWN} ({printable(name)} {probability:.1%})"
 
 
 class FeatureFile:

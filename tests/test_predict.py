@@ -225,6 +225,10 @@ def test_min_confidence(classify, images):
     argv = images, "--top-k", 2
     everything = records(classify(*argv).out)
     least = sorted(float(row["probability"]) for row in everything)[2] - 1e-6
+
+    def table(least):
+        return classify(*argv, "--format", "table", "--min-confidence", least).out.splitlines()
+
     rows = records(classify(*argv, "--min-confidence", least).out)
     assert [row["class"] == "unknown" for row in rows].count(True) == 2
     for row, before in zip(rows, everything):
@@ -233,6 +237,11 @@ def test_min_confidence(classify, images):
         else:  # the most probable class comes second
             second = {"class_2": before["class"], "probability_2": before["probability"]}
             assert row == {**before, "class": "unknown", **second}
+    for line, row, before in zip(table(least), rows, everything):
+        unknown = row["class"] == "unknown"
+        label = f"unknown ({before['class']} {float(before['probability']):.1%})" if unknown else before["class"]
+        assert label in line and ("unknown" in line) == unknown and f"{float(before['probability_2']):7.2%}" in line
+    assert len({line.index(str(images)) for line in table(least)}) == 1  # columns are aligned
     assert set(classes(classify(images, "--min-confidence", 0).out)) == set(COLORS)
     assert "between 0 and 1" in classify(images, "--min-confidence", 1.5, code=2).error[0]
 
