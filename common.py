@@ -122,6 +122,12 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
+def shorten(text: str, length: int = 26) -> str:
+    """Return a printable text of at most `length` characters, shortened in the middle."""
+    text = printable(text)
+    return text if len(text) <= length else f"{text[: length // 2 - 1]}...{text[2 - length // 2 :]}"
+
+
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
     """Decorate a script's main(argv): return its exit code, and report wrong input as one line on stderr."""
 
@@ -429,10 +435,35 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+@functools.cache
+def fit_text(text: str) -> tuple[str, str]:
+    """Return a text, and the file of a font that has its letters; those that no font has are escaped, not boxes."""
+    from matplotlib import font_manager, ft2font
+
+    default = font_manager.findfont(font_manager.FontProperties())
+    installed = (font.fname for font in font_manager.fontManager.ttflist if "LastResort" not in font.fname)
+    for file in chain([default], installed):
+        font = os.path.exists(file) and ft2font.FT2Font(file)  # matplotlib's list may name one that was removed
+        if font and font.scalable and all(map(font.get_char_index, map(ord, text.replace("\n", "")))):
+            return text, file
+    has = ft2font.FT2Font(default).get_char_index
+    return "".join(letter if letter == "\n" or has(ord(letter)) else ascii(letter)[1:-1] for letter in text), default
+
+
 def save_figure(path: Path, figure: Any) -> None:
-    """Save a matplotlib figure as a PNG file, atomically."""
+    """Save a matplotlib figure as a PNG file, atomically, each text with a font that has its letters."""
+    from matplotlib.text import Text
+
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        labels = [label.get_text() for label in axis.get_ticklabels()]
+        if labels != (fitted := [fit_text(label)[0] for label in labels]):
+            axis.set_ticks(axis.get_ticklocs(), fitted)
+    for artist in figure.findobj(Text):
+        text, font = fit_text(artist.get_text())
+        artist.set_text(text)
+        artist.get_fontproperties().set_file(None if font == fit_text("")[1] else font)
     with atomic_write(path, "wb") as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # letters that the font lacks are drawn as boxes
+        warnings.filterwarnings("ignore", message="Glyph")  # a bold font may lack a letter
         figure.savefig(file, format="png", dpi=120)
 
 

@@ -39,7 +39,7 @@ from common import add_cache_options, add_hardware_options, are_among, atomic_wr
 from common import checkpoint_views, command, draw_images, extract_features, fraction, hash_images, in_batches
 from common import library_versions, list_split, log, log_device, make_parser, new_figure, paired_difference
 from common import pick_device, pick_precision, print_json, printable, read_batches, read_checkpoint, read_known
-from common import rows_per_chunk, save_figure, to_json_text, unfamiliarity, wilson, write_csv
+from common import rows_per_chunk, save_figure, shorten, to_json_text, unfamiliarity, wilson, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -637,12 +637,6 @@ def write_tables(folder: Path, model: Model, paths: list[str]) -> None:
     for path, true, predicted, confidence in zip(paths, *columns):
         rows.append([path, classes[true], classes[predicted], round(confidence, 6)])
     write_csv(folder / "predictions.csv", ["path", "true", "predicted", "probability"], rows)
-
-
-def shorten(text: str, length: int = 26) -> str:
-    """Return a printable text of at most `length` characters, shortened in the middle."""
-    text = printable(text)
-    return text if len(text) <= length else f"{text[: length // 2 - 1]}...{text[2 - length // 2 :]}"
 
 
 def summary_labels(metrics: dict[str, Any]) -> dict[str, str]:

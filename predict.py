@@ -37,9 +37,9 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, TiffImagePlugin
 from common import EXIT_SOME_UNREADABLE, TTA_HELP
 from common import Checkpoint, ImageBatch, ImageError, InferenceModel, LazyModule, Progress, UserError, View
 from common import add_hardware_options, apply_view, atomic_write, center_square, checkpoint_precision, checkpoint_views
-from common import command, crops_squares, csv_writer, find_images, fraction, in_batches, is_image_name, log, log_device
-from common import make_parser, new_figure, one_line, open_image, pick_device, positive_int, print_json, printable
-from common import read_batches, read_checkpoint, read_image, resize_by_products, resize_weights, save_figure
+from common import command, crops_squares, csv_writer, find_images, fit_text, fraction, in_batches, is_image_name, log
+from common import log_device, make_parser, new_figure, one_line, open_image, pick_device, positive_int, print_json
+from common import printable, read_batches, read_checkpoint, read_image, resize_by_products, resize_weights, save_figure
 from common import to_json_text, unfamiliarity, write_csv, write_torch_file
 
 if TYPE_CHECKING:
@@ -865,17 +865,18 @@ def draw_map(scene: Image.Image, scene_map: SceneMap, factor: int) -> Image.Imag
     cells = Image.frombytes("RGB", scene_map.classes.shape[::-1], rgb)
     cells = cells.transform(scene.size, Image.Transform.AFFINE, (1 / cell, 0, 0, 0, 1 / cell, 0))
     picture = Image.blend(scene.convert("L").convert("RGB"), cells, OPACITY)
-    font = ImageFont.load_default(max(12, max(picture.size) // 60))
-    line = 2 * round(font.size * 0.75)
+    size = max(12, max(picture.size) // 60)
+    line = 2 * round(size * 0.75)
     present = sorted((index for index in range(len(names)) if percent[index]), key=lambda index: -percent[index])
     labels = [f"{printable(names[index])}  {percent[index]:.1f} %" for index in present[:LEGEND_ROWS]]
     if others := present[LEGEND_ROWS:]:
         labels.append(f"{len(others)} more  {sum(percent[index] for index in others):.1f} %")
-    width = picture.width + round(max(map(font.getlength, labels))) + 3 * line
+    labels = [(text, ImageFont.truetype(file, size)) for text, file in map(fit_text, labels)]
+    width = picture.width + round(max(font.getlength(text) for text, font in labels)) + 3 * line
     canvas = Image.new("RGB", (width, max(picture.height, line * (len(labels) + 1))), "white")
     canvas.paste(picture)
     draw = ImageDraw.Draw(canvas)
-    for number, label in enumerate(labels):
+    for number, (label, font) in enumerate(labels):
         x, y = picture.width + line // 2, round((number + 0.5) * line)
         if number < LEGEND_ROWS:  # the color as it looks over a medium gray
             fill = tuple(round(OPACITY * a + (1 - OPACITY) * b) for a, b in zip(colors[present[number]], GRAY))

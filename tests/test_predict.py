@@ -17,6 +17,7 @@ import pytest
 import torch
 import torchvision
 from conftest import COLORS, ROOT, command, load_pt, read_csv, real, tile
+from matplotlib import font_manager
 from PIL import EpsImagePlugin, Image, ImageDraw
 from torchvision.transforms.v2 import functional
 
@@ -201,6 +202,20 @@ def test_names_that_no_font_has(trained, classify, images, tmp_path):
     rows = records(done.stdout.decode("utf-8", "surrogateescape"))
     assert str(images / "return\r.png") in {row["path"] for row in rows}
     assert {row["class"] for row in rows} == set(names)
+
+
+def test_letters_that_no_font_has_are_escaped_in_pictures(trained, classify, images, mosaic, tmp_path, monkeypatch):
+    own = [font for font in font_manager.fontManager.ttflist if font.name == "DejaVu Sans"]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    for number, letter in enumerate(("\u6c34", r"\u6c34")):  # the second name is the escape of the first
+        model = save_changed(trained, tmp_path / "model.pt", classes=[f"{name} {letter}" for name in COLORS])
+        common.fit_text.cache_clear()
+        classify(images / "0.png", "--plot", tmp_path / f"plot-{number}.png", model=model)
+        classify("--scene", mosaic[0], "--tile", 32, "--out", tmp_path / f"map-{number}", model=model)
+    for name in ("plot-{}.png", "map-{}/map.png"):
+        first, second = (Image.open(tmp_path / name.format(number)).tobytes() for number in range(2))
+        assert first == second
+    common.fit_text.cache_clear()
 
 
 def test_a_path_that_the_system_refuses_is_a_record(classify, images):

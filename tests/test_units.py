@@ -16,6 +16,9 @@ import pytest
 import torch
 import train
 from common import UserError
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
@@ -943,3 +946,39 @@ def test_familiarity_without_val_uses_images_held_out():
         familiarity = train.fit_familiarity(random_tensor(1, count, 512), None)
         scores = common.unfamiliarity(random_tensor(500, 512, seed=1), familiarity)
         assert (scores > 0.9).float().mean() < 0.35 and (scores > 0.5).float().mean() == pytest.approx(0.5, abs=0.3)
+
+
+def test_a_text_gets_a_font_that_has_its_letters(tmp_path, monkeypatch):
+    """Or else escapes; labels of axes, which matplotlib writes anew when it draws them, too."""
+    builder, square = FontBuilder(1000, isTTF=True), TTGlyphPen(None)
+    for point, draw in zip(((0, 0), (0, 700), (700, 700), (700, 0)), (square.moveTo, *[square.lineTo] * 3)):
+        draw(point)
+    square.closePath()
+    glyphs = {".notdef": square.glyph(), "water": square.glyph()}
+    builder.setupGlyphOrder(list(glyphs))
+    builder.setupCharacterMap({0x6C34: "water"})
+    builder.setupGlyf(glyphs)
+    builder.setupHorizontalMetrics(dict.fromkeys(glyphs, (800, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Water", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "water.ttf")
+    monkeypatch.setattr(common, "fit_text", common.fit_text.__wrapped__)
+    _, default = common.fit_text("River")
+    own = [font for font in font_manager.fontManager.ttflist if font.name == "DejaVu Sans"]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own[:])
+    font_manager.fontManager.addfont(tmp_path / "water.ttf")
+    assert common.fit_text("\u6c34\n\u6c34") == ("\u6c34\n\u6c34", str(tmp_path / "water.ttf"))
+    assert common.fit_text("Stra\xdfe") == ("Stra\xdfe", default)
+    assert common.fit_text("\u6c34 a\n\U0001f525") == ("\\u6c34 a\n\\U0001f525", default)
+
+    def draw(name):
+        figure = common.new_figure(2, 2)
+        figure.subplots().set_xticks([0, 1], [name, "a"], rotation=45)
+        common.save_figure(tmp_path / "figure.png", figure)
+        return (tmp_path / "figure.png").read_bytes()
+
+    drawn = draw("\u6c34")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    assert draw("\u6c34") == draw(r"\u6c34") != drawn
