@@ -28,7 +28,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice, product, repeat
+from itertools import chain, count, islice, product, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,7 +40,7 @@ from common import add_hardware_options, apply_view, atomic_write, center_square
 from common import command, crops_squares, csv_writer, find_images, fit_text, fraction, in_batches, is_image_name, log
 from common import log_device, make_parser, new_figure, one_line, open_image, pick_device, positive_int, print_json
 from common import printable, read_batches, read_checkpoint, read_image, resize_by_products, resize_weights, save_figure
-from common import to_json_text, unfamiliarity, write_csv, write_torch_file
+from common import shorten, to_json_text, unfamiliarity, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ else:
 # ---------------------------------------------------------------- command line
 
 UNKNOWN = "unknown"  # the answer where a Rejection applies
-PAGE_COLUMNS, PAGE_ROWS, BARS = 3, 6, 5  # pictures on a page of --plot, and classes shown for each
+PAGE_IMAGES, BARS = 18, 5  # images on a page of --plot, and classes shown for each
 EXPORT_IMAGES, EXPORT_TOLERANCE = 32, 0.01  # images on which an exported model is tried; the largest difference allowed
 MAX_SCENE_PIXELS = 400_000_000  # a pixel takes 4 bytes of memory, and 4 more if the file is not RGB
 
@@ -79,16 +79,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--reject-unfamiliar", type=fraction, nargs="?", const=0.01, metavar="SHARE", help=unfamiliar_help)
     add("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
-    plot_help = f"draw images with their {BARS} best classes, {PAGE_COLUMNS * PAGE_ROWS} per page: FILE.png, FILE-2.png"
+    plot_help = f"draw images with their {BARS} best classes, {PAGE_IMAGES} per page: FILE.png, FILE-2.png"
     add("--plot", type=Path, metavar="FILE.png", help=plot_help)
     features_help = "save the network's output before its classifier for each image: a dict of paths, features [N, D], "
     features_help += "arch and preprocessing, for torch.load"
     add("--features", type=Path, metavar="FILE.pt", help=features_help)
-    add(
-        "--explain",
-        action="store_true",
-        help="in --plot, also show what supports the prediction (convolutional networks)",
-    )
+    add("--explain", action="store_true", help="in --plot, show what supports the prediction (convolutional networks)")
     export_help = (
         "write the model with its preprocessing for other programs, instead of classifying: FILE.pt2 for torch alone, "
         "FILE.onnx for ONNX runtimes. It takes upright RGB images of any size, uint8 [N, 3, H, W], and returns the "
@@ -115,9 +111,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.export:
         records = args.plot or args.explain or args.features or args.format or args.top_k > 1 or args.min_confidence
         if records or args.reject_unfamiliar is not None or args.scene or args.device or args.precision != "auto":
-            parser.error(
-                "--export goes with --checkpoint, IMAGE, --tta and --workers only: it computes in fp32 on a CPU"
-            )
+            parser.error("--export goes with --checkpoint, IMAGE, --tta, --workers only; it computes in fp32 on a CPU")
     if args.scene:
         if args.images or args.plot or args.explain or args.features or args.format or args.top_k > 1:
             parser.error("--scene cannot be combined with IMAGE, --top-k, --format, --features, --plot or --explain")
@@ -293,10 +287,8 @@ class Classifier(NamedTuple):
             unfamiliar = unfamiliarity(features, self.familiarity).tolist() if self.familiarity else repeat(None)
             rows = zip(batch.pixels, probabilities, features, unfamiliar)
         return [
-            Prediction(path, error=batch.errors[number].reason)
-            if number in batch.errors
-            else Prediction(path, *next(rows))
-            for number, path in enumerate(batch.items)
+            Prediction(path, error=error.reason) if error else Prediction(path, *next(rows))
+            for path, error in zip(batch.items, map(batch.errors.get, count()))
         ]
 
 
@@ -430,58 +422,57 @@ class PredictionPages:
         thumbnail = read_image(prediction.path)
         thumbnail.thumbnail((360, 360))
         self.pictures.append((prediction, thumbnail))
-        if len(self.pictures) == PAGE_COLUMNS * PAGE_ROWS:
+        if len(self.pictures) == PAGE_IMAGES:
             self.save_page()
 
     def save_page(self) -> None:
         """Write the page and start the next one."""
-        widths = [1, 1, 1.35] if self.explain else [1, 1.35]
-        columns = min(PAGE_COLUMNS, len(self.pictures))
+        widths = [1, 1, 1.2] if self.explain else [1, 1.2]
+        columns = min(2 if self.explain else 3, len(self.pictures))  # a page fits a screen without being scaled down
         rows = math.ceil(len(self.pictures) / columns)
-        figure = new_figure(1.96 * sum(widths) * columns, 2.05 * rows + 0.2)
+        figure = new_figure(1.75 * sum(widths) * columns, 2.1 * rows + 0.2 + self.explain)
         figure.get_layout_engine().set(h_pad=0.1, w_pad=0.06)
         axes = figure.subplots(rows, len(widths) * columns, squeeze=False, width_ratios=widths * columns).ravel()
-        for cell in axes:
-            cell.set_axis_off()
+        for number, cell in enumerate(axes):
+            cell.set(anchor="N", xticks=[], yticks=[], visible=number < len(self.pictures) * len(widths))
+            cell.spines[:].set_color("0.8")  # a frame, because an image may be as white as the page
         for number, (prediction, image) in enumerate(self.pictures):
             left, *middle, right = axes[number * len(widths) :][: len(widths)]
-            for cell in (left, *middle):
-                cell.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
-            name = printable(Path(prediction.path).name)
-            left.set_title(name if len(name) < 28 else f"{name[:12]}...{name[-13:]}", fontsize=8, color="0.35")
+            left.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
+            left.set_title(shorten(Path(prediction.path).name), fontsize=8, color="0.35")
+            best = prediction.rank(self.classifier.classes, BARS)
             if self.explain:
-                target = int(prediction.probabilities.argmax())
-                model = self.classifier.model
+                model, target = self.classifier.model, int(prediction.probabilities.argmax())
                 seen = center_square(image.size) if crops_squares(model.preprocessing) else (0, 0, *image.size)
                 draw_cam(middle[0], image.size, seen, grad_cam(model, prediction.pixels, target))
-            best = prediction.rank(self.classifier.classes, BARS)
             draw_bars(right, best, self.rejection.applies(best[0][1], prediction.unfamiliar))
-        file = self.file if self.page == 1 else self.file.with_name(f"{self.file.stem}-{self.page}{self.file.suffix}")
+        if self.explain:
+            label = "support for the first class (1: most in the image)"
+            figure.colorbar(middle[0].images[0], ax=axes, location="bottom", panchor=False, shrink=0.4, label=label)
+        file = self.file if self.page == 1 else self.file.with_stem(f"{self.file.stem}-{self.page}")
         save_figure(file, figure)
         log(f"wrote {file}")
         self.pictures, self.page = [], self.page + 1
 
 
 def draw_cam(axes: Any, image_size: tuple[int, int], seen: tuple[int, int, int, int], cam: torch.Tensor) -> None:
-    """Draw a Grad-CAM map over the part of an image that the network has seen: (left, top, right, bottom)."""
-    if not cam.any():
-        axes.set_title("nothing supports it", fontsize=8, color="0.35")
-        return
+    """Draw a Grad-CAM map where the network has seen an image, in its part (left, top, right, bottom)."""
     (width, height), (left, top, right, bottom) = image_size, (edge - 0.5 for edge in seen)
     extent = (left, right, bottom, top)
-    axes.imshow(cam.tolist(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, interpolation="bilinear", extent=extent)
+    axes.imshow(cam.tolist(), cmap="inferno", vmin=0, vmax=1, interpolation="bilinear", extent=extent)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    axes.set_title("support" if cam.any() else "nothing supports it", fontsize=8, color="0.35")
 
 
 def draw_bars(axes: Any, best: list[tuple[str, float]], unknown: bool) -> None:
     """Draw the most probable classes as bars, under the first one, or UNKNOWN, as title."""
-    axes.set_axis_on()
     axes.barh(range(len(best)), [p for _, p in best], color=["#8cbde6"] + ["0.85"] * (len(best) - 1))
-    labels = [f"{printable(name)}  {p:.1%}" for name, p in best]
+    labels = [f"{shorten(name, 22)}  {p:.1%}" for name, p in best]
     for position, label in enumerate(labels):
         axes.text(0.02, position, label, va="center", fontsize=8)
-    axes.set(xlim=(0, 1), xticks=[], yticks=[], ylim=(BARS - 0.5, -0.5))
-    axes.set_title(UNKNOWN if unknown else labels[0], fontsize=10, fontweight="bold")
+    axes.set(xlim=(0, 1), ylim=(BARS - 0.5, -0.5))
+    title = unknown_label(shorten(best[0][0], 22), best[0][1]).replace(" (", "\n(", 1) if unknown else labels[0]
+    axes.set_title(title, fontsize=9, fontweight="bold")
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
@@ -578,9 +569,8 @@ def export_torch(program: torch.export.ExportedProgram, metadata: str) -> tuple[
 def export_onnx(program: torch.export.ExportedProgram, metadata: str) -> tuple[bytes, Callable]:
     """Return the content of an .onnx file, and a function that runs it: uint8 [N, 3, H, W] -> [N, C]."""
     onnxruntime = importlib.import_module("onnxruntime")
-    exported = torch.onnx.export(
-        program, input_names=["images"], output_names=["probabilities"], dynamo=True, verbose=False
-    )
+    names = {"input_names": ["images"], "output_names": ["probabilities"]}
+    exported = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     proto = exported.model_proto
     proto.metadata_props.add(key="classifier", value=metadata)
     content = proto.SerializeToString()

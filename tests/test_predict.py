@@ -18,6 +18,7 @@ import torch
 import torchvision
 from conftest import COLORS, ROOT, command, load_pt, read_csv, real, tile
 from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import EpsImagePlugin, Image, ImageDraw
 from torchvision.transforms.v2 import functional
 
@@ -407,6 +408,14 @@ sys.exit(code)
 # ---------------------------------------------------------------- pictures
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The matplotlib figures that predict.py saves during the test."""
+    saved, save = [], predict.save_figure
+    monkeypatch.setattr(predict, "save_figure", lambda path, figure: (saved.append(figure), save(path, figure)))
+    return saved
+
+
 def test_pages_of_pictures(classify, tree, images, tmp_path):
     classify(images / "0.png", "--plot", tmp_path / "one.png")
     classify(tree / "test", "--plot", tmp_path / "many.png")  # 30 images: 18 on the first page
@@ -475,12 +484,30 @@ def test_grad_cam_is_high_where_the_color_of_the_class_is():
     assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
 
 
-def test_grad_cam_beside_each_image(classify, images, tmp_path):
+def test_grad_cam_beside_each_image(classify, images, figures, tmp_path):
     plain = classify(images, "--plot", tmp_path / "plain.png")
-    explained = classify(images, "--plot", tmp_path / "cam.png", "--explain")
+    explained = classify(images, "--plot", tmp_path / "cam.png", "--explain", "--min-confidence", 0)
     assert explained.out == plain.out
-    assert Image.open(tmp_path / "cam.png").width > 1.3 * Image.open(tmp_path / "plain.png").width
+    for file in ("plain.png", "cam.png"):  # the text is readable on a screen
+        assert Image.open(tmp_path / file).width < 1440
+    *axes, key = figures[1].axes
+    assert "support" in key.get_xlabel()
+    for image, heat, bars in list(zip(axes[::3], axes[1::3], axes[2::3]))[:4]:
+        ((shown,), (map_of_support,)) = image.images, heat.images  # side by side, not one over the other
+        assert shown.get_alpha() is None and map_of_support.get_clim() == (0, 1)
+        assert image.get_xlim() == heat.get_xlim() and image.get_ylim() == heat.get_ylim()
+        assert image.get_position().y1 == pytest.approx(bars.get_position().y1, abs=0.01)  # the rows are aligned
     assert "--plot" in classify(images, "--explain", code=2).error[0]
+
+
+def test_titles_of_unknown_images_and_long_names(trained, classify, images, figures, tmp_path):
+    """They do not reach into the next picture."""
+    long = save_changed(trained, tmp_path / "long.pt", classes=[f"{letter} {letter * 60}" for letter in "abc"])
+    classify(images, "--plot", tmp_path / "plot.png", "--min-confidence", 1, model=long)
+    renderer = FigureCanvasAgg(figures[0]).get_renderer()
+    boxes = [axes.title.get_window_extent(renderer) for axes in figures[0].axes if axes.get_title()]
+    assert len(boxes) == 8 and not any(a.overlaps(b) for a in boxes for b in boxes if a is not b)
+    assert all(axes.get_title().startswith("unknown\n(") for axes in figures[0].axes[1:6:2])
 
 
 NETWORKS = {"densenet121": True, "convnext_tiny": True, "regnet_y_400mf": True, "swin_t": True, "vit_b_32": False}
