@@ -319,9 +319,10 @@ class Predictions:
         self.targets, self.uncalibrated, self.calibrated = targets, uncalibrated, calibrated
         self.confidence, self.predicted = calibrated.exp().max(1)  # the probability of the most probable class, and it
         self.correct = self.predicted == targets
-        count = calibrated.shape[1]
-        cells = torch.bincount(targets * count + self.predicted, minlength=count * count)
-        self.confusion = cells.view(count, count)  # the number of images for each [true class, predicted class]
+        # The number of images for each [true class, predicted class], sparse: with 10,000 classes nearly all are zero.
+        cells, shape = torch.stack([targets, self.predicted]), (calibrated.shape[1],) * 2
+        ones = torch.ones_like(targets)
+        self.confusion = torch.sparse_coo_tensor(cells, ones, shape, check_invariants=True).coalesce()
 
 
 def classify(
@@ -411,7 +412,7 @@ def compute_metrics(model: Model, measured: dict[str, Any]) -> dict[str, Any]:
     targets, confusion = predictions.targets, predictions.confusion
     num_correct, num_true, num_predicted = bootstrap_counts(confusion)
     f1 = 2 * num_correct / (num_true + num_predicted)  # [C, 1 + RESAMPLES]; NaN if both numbers are 0
-    counts = (count.tolist() for count in (confusion.diag(), confusion.sum(1), confusion.sum(0)))
+    counts = (count[:, 0].long().tolist() for count in (num_correct, num_true, num_predicted))
     per_class = []
     for name, correct, true, predicted in zip(classes, *counts):
         row = {"class": name, "precision": wilson(correct, predicted), "recall": wilson(correct, true)}
@@ -460,14 +461,13 @@ def unpaired_difference(a: Estimate, b: Estimate) -> Estimate:
 def bootstrap_counts(confusion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Count the correctly classified, true and predicted images of each class, with a bootstrap (Efron, 1979).
 
-    Returns three float64 [C, 1 + RESAMPLES]: column 0 has the counts in the confusion matrix [true, predicted], the
-    other columns those in the resamples. To draw n images with replacement is a multinomial draw over the cells of the
-    matrix. It is made as a binomial draw for one cell after the other, from the images that are left, so that the time
-    does not depend on n.
+    Returns three float64 [C, 1 + RESAMPLES]: column 0 has the counts in the confusion matrix [true, predicted], sparse,
+    the other columns those in the resamples. To draw n images with replacement is a multinomial draw over the cells of
+    the matrix. It is made as a binomial draw for one cell after the other, from the images that are left, so that the
+    time does not depend on n.
     """
     generator = torch.Generator().manual_seed(0)
-    true, predicted = confusion.nonzero().unbind(1)
-    cells = confusion[true, predicted].double()
+    (true, predicted), cells = confusion.indices(), confusion.values().double()
     draws = torch.empty(len(cells), 1 + RESAMPLES, dtype=torch.float64)
     draws[:, 0] = cells
     left = cells.sum().expand(RESAMPLES)
@@ -560,12 +560,13 @@ def coverage(confidence: torch.Tensor, correct: torch.Tensor) -> list[dict[str, 
 
 def confused_pairs(confusion: torch.Tensor, classes: list[str], limit: int = 10) -> list[dict[str, Any]]:
     """Return the most frequent pairs of a true class and another, predicted class, with their number of images."""
-    wrong, support, rows = confusion.clone().fill_diagonal_(0), confusion.sum(1).tolist(), []
-    for cell in wrong.flatten().argsort(descending=True, stable=True)[:limit].tolist():
-        true, predicted = divmod(cell, len(classes))
-        if n := wrong[true, predicted].item():
-            rows.append({"true": classes[true], "predicted": classes[predicted], "n": n, "support": support[true]})
-    return rows
+    support, cells = (
+        confusion.sum(1).to_dense().tolist(),
+        zip(*confusion.indices().tolist(), confusion.values().tolist()),
+    )
+    wrong = sorted((cell for cell in cells if cell[0] != cell[1]), key=lambda cell: -cell[2])[:limit]
+    keys = ("true", "predicted", "n", "support")
+    return [dict(zip(keys, (classes[true], classes[predicted], n, support[true]))) for true, predicted, n in wrong]
 
 
 def compare_models(models: list[Model]) -> list[dict[str, Any]]:
@@ -924,7 +925,9 @@ MARKERS = "os^Dvp*"
 
 def classes_to_show(confusion: torch.Tensor) -> tuple[list[int], str]:
     """Return the classes to show in a picture, in order, and a note for its title if these are not all classes."""
-    mistakes = confusion.sum(0) + confusion.sum(1) - 2 * confusion.diag()
+    true, predicted = confusion.indices()
+    wrong = confusion.values() * (true != predicted)
+    mistakes = torch.zeros(len(confusion), dtype=torch.int64).index_add(0, true, wrong).index_add(0, predicted, wrong)
     chosen = sorted(mistakes.argsort(descending=True, stable=True)[:MAX_CLASSES].tolist())
     note = f"\nthe {MAX_CLASSES} of {len(mistakes)} classes with the most mistakes"
     return chosen, note if len(mistakes) > MAX_CLASSES else ""
@@ -954,8 +957,9 @@ def plot_estimates(path: Path, labels: list[str], series: dict[str, list[Estimat
 def plot_confusion(path: Path, confusion: torch.Tensor, classes: list[str]) -> None:
     """Draw a confusion matrix [true, predicted]: numbers of images, colored by their share of the true class."""
     chosen, note = classes_to_show(confusion)
-    counts = confusion[chosen][:, chosen].tolist()
-    shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1))[chosen][:, chosen].tolist()
+    picked, support = torch.tensor(chosen), confusion.sum(1).to_dense()
+    counts = confusion.index_select(0, picked).index_select(1, picked).to_dense()
+    shares = (counts / support[picked, None].clamp(min=1)).tolist()
     side = 3.5 + 0.45 * len(chosen)
     figure = new_figure(side + 1, side)
     axes = figure.subplots()
@@ -964,7 +968,7 @@ def plot_confusion(path: Path, confusion: torch.Tensor, classes: list[str]) -> N
     axes.set_xticks(range(len(chosen)), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(chosen)), labels)
     axes.set(title=f"Confusion matrix: number of images{note}", xlabel="predicted class", ylabel="true class")
-    for row, numbers in enumerate(counts):
+    for row, numbers in enumerate(counts.tolist()):
         for column, number in enumerate(numbers):
             if number:
                 color = "white" if shares[row][column] > 0.5 else "black"

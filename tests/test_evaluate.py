@@ -85,7 +85,7 @@ def test_metrics_agree_with_scikit_learn():
     model = random_model()
     predictions, numbers = model.predictions, evaluate.to_json(model.metrics)
     true, predicted, labels = predictions.targets.numpy(), predictions.predicted.numpy(), range(7)
-    assert (predictions.confusion.numpy() == sklearn.confusion_matrix(true, predicted, labels=labels)).all()
+    assert (predictions.confusion.to_dense().numpy() == sklearn.confusion_matrix(true, predicted, labels=labels)).all()
     per_class = sklearn.precision_recall_fscore_support(true, predicted, labels=labels, zero_division=numpy.nan)
     for row, *expected in zip(numbers["per_class"], *per_class):
         found = [numpy.nan if row[key] is None else row[key] for key in ("precision", "recall", "f1", "support")]
@@ -207,7 +207,7 @@ def test_bootstrap_agrees_with_resampling_images():
 
 def test_bootstrap_keeps_the_number_of_images():
     confusion = torch.tensor([[5, 1, 0], [2, 7, 0], [0, 0, 0]])
-    correct, support, predicted = evaluate.bootstrap_counts(confusion)
+    correct, support, predicted = evaluate.bootstrap_counts(confusion.to_sparse())
     assert correct[:, 0].tolist() == [5, 7, 0]
     assert support[:, 0].tolist() == [6, 9, 0] and predicted[:, 0].tolist() == [7, 8, 0]
     assert (support.sum(0) == 15).all() and (predicted.sum(0) == 15).all() and len(correct[0].unique()) > 5
@@ -250,7 +250,7 @@ def test_pictures_show_at_most_40_classes(tmp_path):
     model = random_model(60, 900)
     confusion = model.predictions.confusion
     chosen, note = evaluate.classes_to_show(confusion)
-    wrong = confusion.clone().fill_diagonal_(0)
+    wrong = confusion.to_dense().fill_diagonal_(0)
     mistakes = [int(wrong[number].sum() + wrong[:, number].sum()) for number in range(60)]
     assert len(chosen) == 40 and chosen == sorted(chosen) and "40 of 60" in note
     left_out = set(range(60)) - set(chosen)
@@ -258,6 +258,18 @@ def test_pictures_show_at_most_40_classes(tmp_path):
     evaluate.plot_confusion(tmp_path / "confusion.png", confusion, model.checkpoint.classes)
     with Image.open(tmp_path / "confusion.png") as picture:
         assert picture.width > 2000
+
+
+def test_many_classes_take_little_memory(tmp_path):
+    """The confusion matrix of these classes would have 10^11 cells; where it was dense, 10,000 classes took 5 GB."""
+    scores, targets = torch.zeros(2, 300_000).index_fill_(1, torch.tensor([7]), 5), torch.tensor([7, 299_999])
+    predictions = evaluate.Predictions(targets, scores.log_softmax(1), scores.log_softmax(1))
+    names = [str(number) for number in range(300_000)]
+    (pair,) = evaluate.confused_pairs(predictions.confusion, names)
+    assert pair == {"true": "299999", "predicted": "7", "n": 1, "support": 1}
+    chosen, _ = evaluate.classes_to_show(predictions.confusion)
+    assert chosen[7] == 7 and chosen[-1] == 299_999
+    evaluate.plot_confusion(tmp_path / "confusion.png", predictions.confusion, names)
 
 
 # ---------------------------------------------------------------- one model
