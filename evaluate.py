@@ -17,11 +17,13 @@ import contextlib
 import csv
 import hashlib
 import html
+import json
 import math
 import os
 import platform
 import random
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -36,10 +38,10 @@ from common import EXIT_BELOW_BAR, SPLITS, TTA_HELP
 from common import Checkpoint, Estimate, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Split, UserError
 from common import View
 from common import add_cache_options, add_hardware_options, are_among, atomic_write, checkpoint_precision
-from common import checkpoint_views, command, draw_images, extract_features, fraction, hash_images, in_batches
-from common import library_versions, list_split, log, log_device, make_parser, new_figure, paired_difference
-from common import pick_device, pick_precision, print_json, printable, read_batches, read_checkpoint, read_known
-from common import rows_per_chunk, save_figure, shorten, to_json_text, unfamiliarity, wilson, write_csv
+from common import checkpoint_views, command, defer_signals, draw_images, extract_features, fraction, hash_images
+from common import hold_lock, in_batches, library_versions, list_split, log, log_device, make_parser, new_figure
+from common import paired_difference, pick_device, pick_precision, print_json, printable, read_batches, read_checkpoint
+from common import read_known, rows_per_chunk, save_figure, shorten, to_json_text, unfamiliarity, wilson, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             log_section(section)
         title = f"{', '.join(model.name for model in models)} on {args.data.resolve().name}/{args.split}"
         write_report(folder / "report.html", title, [*sections, origin_section(models, content)])
+        files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        content["report_files"] = [*sorted(files), "metrics.json"]
         with atomic_write(folder / "metrics.json") as file:
             file.write(to_json_text(content, indent=2) + "\n")
     log(f"wrote {args.out}/report.html, metrics.json and the files beside them")
@@ -108,19 +112,35 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 @contextlib.contextmanager
 def replace_report(out: Path, subfolders: list[str]) -> Iterator[Path]:
-    """Yield a temporary folder with these subfolders. If the block succeeds, their files replace an earlier report."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".report.", suffix=".tmp", dir=out) as temporary:
-        for subfolder in subfolders:
-            Path(temporary, subfolder).mkdir(exist_ok=True)
-        yield Path(temporary)
-        for subfolder in subfolders:
-            source, target = Path(temporary, subfolder), out / subfolder
-            target.mkdir(exist_ok=True)
-            for name in {"comparison.png", "curves.png", "mistakes.png"} - set(os.listdir(source)):
-                (target / name).unlink(missing_ok=True)  # of the earlier report
-            for file in filter(Path.is_file, source.iterdir()):
-                file.replace(target / file.name)
+    """Yield a temporary folder with these subfolders. If the block succeeds, its files replace an earlier report.
+
+    Other files in `out` stay. All files of the earlier report are removed before the first new one arrives, and
+    metrics.json comes last, so that even a killed run leaves no mixture of two reports.
+    """
+    with hold_lock(out / ".lock"):
+        for leftover in out.glob(".report.*.tmp"):  # of a killed run
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".report.", suffix=".tmp", dir=out) as temporary:
+            for subfolder in subfolders:
+                Path(temporary, subfolder).mkdir(exist_ok=True)
+            yield Path(temporary)
+            with defer_signals():
+                for name in report_files(out):
+                    (out / name).unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # other files are there still
+                        (out / name).parent.rmdir()
+                for name in report_files(Path(temporary)):
+                    (out / name).parent.mkdir(exist_ok=True)
+                    Path(temporary, name).replace(out / name)
+
+
+def report_files(folder: Path) -> list[str]:
+    """Return the files of the report in a folder, relative to it, as its metrics.json lists them, itself the last."""
+    try:
+        names = json.loads((folder / "metrics.json").read_bytes())["report_files"]
+        return [name for name in names if (folder / name).resolve().is_relative_to(folder.resolve())]
+    except (OSError, ValueError, LookupError, TypeError):  # there is none, or it is not that of a report
+        return []
 
 
 def metrics_content(
@@ -197,7 +217,8 @@ def short_names(paths: list[Path]) -> list[str]:
     """Return a different name for each file: that of its folder for a model.pt or history.csv, else its own."""
     names = []
     for path in paths:
-        base = (path.resolve().parent.name if path.stem in ("model", "history") else "") or path.stem
+        base = path.resolve().parent.name if path.stem in ("model", "history") else path.stem
+        base = base.strip(".") or "model"  # it names a folder of the report
         choices = [base, *(f"{base}-{number}" for number in range(2, len(paths) + 1))]
         names.append(next(name for name in choices if name not in names))
     return names

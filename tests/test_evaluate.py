@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,13 +12,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import SMALL, command, load_pt, pipe_without_reader, read_csv
+from conftest import SMALL, command, load_pt, names, pipe_without_reader, read_csv
 from PIL import Image
 from scipy import stats
 from sklearn import metrics as sklearn
 
 import evaluate
-from common import Checkpoint, hash_file, short_hashes
+from common import Checkpoint, LockedError, handle_signal, hash_file, hold_lock, short_hashes
 
 HISTORY = """epoch,lr,train_loss,train_acc,val_loss,val_acc,test_loss,test_acc,seconds
 1,0.1,0.9,0.60,0.8,0.60,,,1
@@ -242,8 +243,8 @@ def test_holm_by_hand():
 
 
 def test_names_of_models_differ(tmp_path):
-    paths = [tmp_path / name for name in ("a/model.pt", "b/a/model.pt", "a.pt", "c/model.pt", "b/history.csv")]
-    assert evaluate.short_names(paths) == ["a", "a-2", "a-3", "c", "b"]
+    paths = [tmp_path / name for name in ("a/model.pt", "b/a/model.pt", "a.pt", "c/model.pt", "b/history.csv", "...pt")]
+    assert evaluate.short_names(paths) == ["a", "a-2", "a-3", "c", "b", "model"]  # not "..", the folder above
 
 
 def test_pictures_show_at_most_40_classes(tmp_path):
@@ -467,8 +468,14 @@ def test_hash_of_the_data_depends_on_its_content_only(run, trained, tree, tmp_pa
 
 
 def test_mistakes_are_shown_and_removed(run, trained, hard_tree, tmp_path):
+    """Those of an earlier report; the user's own files stay, whatever their names, and what another program lists."""
+    (tmp_path / "out").mkdir()
+    for name in ("keep.txt", "out/curves.png", "out/comparison.png"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "out" / "metrics.json").write_text('{"report_files": ["../keep.txt"], "x": NaN}')
     args = ["--out", tmp_path / "out", "--data", hard_tree, "--checkpoint"]
-    wrong = round(30 * (1 - run("evaluate", *args, trained.model).json["accuracy"]))
+    model = save_changed(trained, tmp_path / "model.pt")  # without a history
+    wrong = round(30 * (1 - run("evaluate", *args, model).json["accuracy"]))
     with Image.open(tmp_path / "out" / "mistakes.png") as picture:
         assert 0 < wrong <= 10 and picture.height > 300 * -(-wrong // 5)
     for name in ("blue", "green"):
@@ -477,6 +484,40 @@ def test_mistakes_are_shown_and_removed(run, trained, hard_tree, tmp_path):
     result = run("evaluate", *args, always_red)
     assert result.json["accuracy"] == 1 and result.json["confused_pairs"] == []
     assert not (tmp_path / "out" / "mistakes.png").exists()
+    for name in ("keep.txt", "out/curves.png", "out/comparison.png"):
+        assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["signal", "death"])
+def test_interrupted_report_is_old_or_new(tmp_path, monkeypatch, how):
+    """A signal waits until all files are replaced; what a death leaves has no file of the old report."""
+    rename, renamed, out = Path.replace, [], tmp_path / "out"
+
+    def write(text):
+        with evaluate.replace_report(out, ["", "b"]) as folder:
+            for name in (files := ["a.csv", "b/a.csv", "report.html", "metrics.json"]):
+                (folder / name).write_text(text)
+            (folder / "metrics.json").write_text(json.dumps({"report_files": files, "text": text}))
+
+    def rename_and_act(path, target):
+        renamed.append(path.name)
+        if len(renamed) == 2:
+            os.kill(os.getpid(), signal.SIGTERM) if how == "signal" else rename(path, tmp_path / "none" / "x")
+        return rename(path, target)
+
+    signal.signal(signal.SIGTERM, handle_signal)  # as in the scripts
+    write("old")
+    monkeypatch.setattr(Path, "replace", rename_and_act)
+    with pytest.raises(KeyboardInterrupt if how == "signal" else OSError):
+        write("new")
+    texts = {path.name: path.read_text() for path in out.rglob("*") if path.is_file()}
+    assert texts["a.csv"] == "new" and "old" not in str(texts) and not list(out.glob(".*"))
+    assert ("metrics.json" in texts) == ("report.html" in texts) == (how == "signal")
+    (out / ".report.x.tmp").mkdir()
+    with hold_lock(out / ".lock"), pytest.raises(LockedError):
+        write("third")
+    write("third")
+    assert names(out) == ["a.csv", "b", "metrics.json", "report.html"]
 
 
 # ---------------------------------------------------------------- several models, views
@@ -516,7 +557,7 @@ def test_comparison(run, trained, tree, tmp_path):
     rest = ["--data", tree, "--out", tmp_path / "out"]
     run("evaluate", "--checkpoint", always_red, trained.model, *rest, "--fail-under", 0.5, code=4)
     run("evaluate", "--checkpoint", trained.model, *rest)
-    assert not (tmp_path / "out" / "comparison.png").exists()  # that of the earlier report is removed
+    assert set(names(tmp_path / "out")).isdisjoint(["comparison.png", "a", "dull"])  # of the earlier reports
 
 
 def test_views_are_averaged(run, trained, tree, tmp_path):
