@@ -393,10 +393,23 @@ def to_json_text(value: Any, indent: int | None = None) -> str:
         raise UserError("a number in the result is not finite: the model's weights or its data are damaged") from None
 
 
-def print_json(result: dict) -> None:
-    """Print the result of a script as a line on stdout. That its reader is gone does not change the exit code."""
+def print_json(result: dict, summary: str = "") -> None:
+    """Print the result of a script as a line on stdout. That its reader is gone does not change the exit code.
+
+    A summary, for people, is logged as the last message; with one, the line is left out if stdout is a terminal.
+    """
     with contextlib.suppress(BrokenPipeError):
-        print(to_json_text(result), flush=True)
+        if not summary or not sys.stdout.isatty():
+            print(to_json_text(result), flush=True)
+    if summary:
+        log(summary)
+
+
+def check_output_outside(option: str, out: Path, inputs: Iterable[Path]) -> None:
+    """Raise UserError if an output is one of these files or folders, or inside of one: it would become an input."""
+    for path in inputs:
+        if out.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{option} {out} is inside the data, {path}; choose another place for it")
 
 
 @contextlib.contextmanager

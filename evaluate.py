@@ -3,7 +3,7 @@
 The report folder OUT gets report.html (everything on one page), metrics.json, per_class.csv, predictions.csv and
 pictures, which replace those of an earlier report. Several checkpoints are compared on the same images: OUT is then the
 report of the first, the others have their files in OUT/<name>/, and metrics.json lists all of them as `models`. The
-text of the report goes to stderr, and the content of metrics.json to stdout.
+text of the report goes to stderr, and the content of metrics.json to stdout unless that is a terminal.
 
 `loss` is the cross entropy without the temperature, as in the training history. All other numbers are computed from
 probabilities that are calibrated by the temperature, like those of predict.py, except those whose names end in
@@ -37,11 +37,12 @@ from typing import TYPE_CHECKING, Any
 from common import EXIT_BELOW_BAR, SPLITS, TTA_HELP
 from common import Checkpoint, Estimate, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Split, UserError
 from common import View
-from common import add_cache_options, add_hardware_options, are_among, atomic_write, checkpoint_precision
-from common import checkpoint_views, command, defer_signals, draw_images, extract_features, fraction, hash_images
-from common import hold_lock, in_batches, library_versions, list_split, log, log_device, make_parser, new_figure
-from common import paired_difference, pick_device, pick_precision, print_json, printable, read_batches, read_checkpoint
-from common import read_known, rows_per_chunk, save_figure, shorten, to_json_text, unfamiliarity, wilson, write_csv
+from common import add_cache_options, add_hardware_options, are_among, atomic_write, check_output_outside
+from common import checkpoint_precision, checkpoint_views, command, defer_signals, draw_images, extract_features
+from common import fraction, hash_images, hold_lock, in_batches, library_versions, list_split, log, log_device
+from common import make_parser, new_figure, paired_difference, pick_device, pick_precision, print_json, printable
+from common import read_batches, read_checkpoint, read_known, rows_per_chunk, save_figure, shorten, to_json_text
+from common import unfamiliarity, wilson, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     parser.set_defaults(command=shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)]))
     args = parser.parse_args(argv)
     args.out = args.out or args.checkpoint[0].parent / "report"
+    check_output_outside("--out", args.out, [args.data / split for split in (*SPLITS, args.split)])
     return args
 
 
@@ -103,11 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         content["report_files"] = [*sorted(files), "metrics.json"]
         with atomic_write(folder / "metrics.json") as file:
             file.write(to_json_text(content, indent=2) + "\n")
-    log(f"wrote {args.out}/report.html, metrics.json and the files beside them")
-    print_json(content)
-    if args.fail_under is not None and content["accuracy"] < args.fail_under:
-        log(f"accuracy {content['accuracy']:.4f} is below --fail-under {args.fail_under}")
-        return EXIT_BELOW_BAR
+    accuracies = [f"{model.name}: accuracy {model.metrics['accuracy'].text('.2%')}" for model in models]
+    summary = f"{'; '.join(accuracies)}, on {content['n']:,} images of {images.data / images.split}"
+    summary += f"; report: {args.out}/report.html"
+    below = args.fail_under is not None and content["accuracy"] < args.fail_under
+    if below:
+        summary += f"\naccuracy {content['accuracy']:.4f} is below --fail-under {args.fail_under}"
+    print_json(content, summary)
+    return EXIT_BELOW_BAR if below else None
 
 
 @contextlib.contextmanager

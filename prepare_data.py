@@ -2,7 +2,7 @@
 
 Downloads EuroSAT (27,000 Sentinel-2 tiles, 10 land cover classes, 94 MB), takes your own images with --source, or draws
 a small demonstration set with --synthetic. Every image is decoded. OUT appears only when it is complete. The last line
-on stdout is a JSON object with the counts.
+on stdout, unless that is a terminal, is a JSON object with the counts.
 """
 
 from __future__ import annotations
@@ -180,9 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             recover(out, staging, old)
             complete = is_complete(args.out, request, args.force, args.update)
         if complete:
-            log(f"{args.out} is complete, nothing to do")
-            records = read_splits_csv(out / "splits.csv")
-            print_json(result | summarize(records) | {"not_images": None, "rejected": None})
+            result |= summarize(read_splits_csv(out / "splits.csv")) | {"not_images": None, "rejected": None}
+            print_json(result, f"{args.out} is complete, nothing to do")
             return
         source = args.source
         if args.url:
@@ -212,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rejected:
         place = "in rejected.csv" if result["changed"] else "by --dry-run"
         log(f"left out {len(rejected)} file{'s' * (len(rejected) > 1)}, listed {place}")
-    print_json(result)
+    state = "not written, because of --dry-run" if args.dry_run else "written" if result["changed"] else "unchanged"
+    print_json(result, f"{args.out}: {result['images']:,} images of {result['classes']} classes, {state}")
 
 
 # ---------------------------------------------------------------- request, and the tree that exists

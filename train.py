@@ -3,8 +3,8 @@
 Reads DATA/train/<class>/*, and DATA/val and DATA/test if they exist; writes OUT/model.pt, OUT/last.pt and
 OUT/history.csv. The frozen network runs once over each view of each image; Adam then trains the classifier on the
 cached features. With --finetune the network is trained too, starting from that classifier, and a mixture of the weights
-before and after it is saved. Val decides which epoch and which mixture; test is only reported. The last line on stdout
-is one JSON object.
+before and after it is saved. Val decides which epoch and which mixture; test is only reported. The last line on stdout,
+unless that is a terminal, is one JSON object.
 
 To train with several processes: torchrun --nproc-per-node N train.py ...
 """
@@ -33,13 +33,14 @@ from common import WORLD_SIZE
 from common import Checkpoint, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Network, Progress, Split
 from common import UserError, View
 from common import add_cache_options, add_hardware_options, all_gather_list, apply_view, are_among, average_views
-from common import broadcast_from_rank0, checkpoint_precision, class_folders, command, defer_signals, digest_of
-from common import draw_images, extract_features, fraction, hash_images, hold_lock, initialize_classifier
-from common import is_out_of_memory, library_versions, list_architectures, list_split, load_pretrained, log, log_device
-from common import make_parser, new_figure, non_negative_float, open_image, paired_difference, pick_precision
-from common import positive_float, positive_int, print_json, printable, process_group, read_batches, read_checkpoint
-from common import read_known, read_torch_file, relative_residuals, resize, rows_per_chunk, save_figure, seed_number
-from common import short_hashes, to_device, update_weights, usable_memory, write_csv, write_torch_file
+from common import broadcast_from_rank0, check_output_outside, checkpoint_precision, class_folders, command
+from common import defer_signals, digest_of, draw_images, extract_features, fraction, hash_images, hold_lock
+from common import initialize_classifier, is_out_of_memory, library_versions, list_architectures, list_split
+from common import load_pretrained, log, log_device, make_parser, new_figure, non_negative_float, open_image
+from common import paired_difference, pick_precision, positive_float, positive_int, print_json, printable, process_group
+from common import read_batches, read_checkpoint, read_known, read_torch_file, relative_residuals, resize
+from common import rows_per_chunk, save_figure, seed_number, short_hashes, to_device, update_weights, usable_memory
+from common import write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -183,6 +184,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.finetune != "head" and (args.tune or args.seeds > 1):
         parser.error("--tune and --seeds need a frozen network: --finetune head")
     args.out = args.out or Path("runs") / args.data.resolve().name
+    check_output_outside("--out", args.out, [args.data / split for split in SPLITS])
     return args
 
 
@@ -242,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         **suspects,
         "seconds": round(time.monotonic() - start, 1),
     }
-    print_json(report)
+    known = ", ".join(f"{split} {report[f'{split}_acc']:.2%}" for split in SPLITS if report[f"{split}_acc"] is not None)
+    print_json(report, f"{'wrote' if better else 'kept'} {report['model']}; accuracy of the new model: {known}")
     return None if better else EXIT_KEPT_OLD
 
 

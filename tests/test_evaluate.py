@@ -451,7 +451,9 @@ def test_fail_under(run, trained, hard_tree, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pipe_without_reader() as pipe:
         patch.setattr(sys, "stdout", pipe)
         assert "below --fail-under" in run("evaluate", *args, "--fail-under", 0.99, code=4).error[0]
-    run("evaluate", *args, "--fail-under", 0.1)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # where what a person wants to read comes last
+    result = run("evaluate", *args, "--fail-under", 0.1)
+    assert result.out == "" and f"images of {hard_tree / 'test'}; report: {tmp_path}/out/rep" in result.error[0]
     run("evaluate", *args, "--fail-under", 93, code=2)
 
 
@@ -744,6 +746,9 @@ def test_bad_data(run, trained, tree, tmp_path):
     assert "no such folder" in run("evaluate", *args, code=2).error[0]
     shutil.copytree(tree, data)
     assert "other/" in run("evaluate", *args, "--split", "other", code=2).error[0]
+    for out in ("test/red", "train/new/report", "val"):  # otherwise its pictures would be images of the next run
+        assert f"{out} is inside the data" in run("evaluate", *args, "--out", data / out, code=2).error[0]
+    assert not (data / "train" / "new").exists()
     (data / "test" / "red" / "bad.png").write_bytes(b"no image")
     assert "bad.png" in run("evaluate", *args, code=2).error[0]
 

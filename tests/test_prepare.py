@@ -885,7 +885,7 @@ def test_hard_links(prepare, source, tmp_path):
     assert all((tmp_path / "out" / row["path"]).stat().st_nlink == 2 for row in rows(tmp_path / "out"))
 
 
-def test_dry_run_writes_nothing(prepare, source, tmp_path):
+def test_dry_run_writes_nothing(prepare, source, tmp_path, monkeypatch):
     result = prepare("--source", source, "--out", tmp_path / "out", "--dry-run")
     assert result.json["train"] == 42 and "32x32" in result.err and "RGB 60" in result.err
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -895,6 +895,9 @@ def test_dry_run_writes_nothing(prepare, source, tmp_path):
     result = prepare("--source", source, "--out", tmp_path / "out", "--dry-run")
     assert (result.json["images"], result.json["rejected"]) == (60, 1) and "red/bad.jpg" in result.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.zip", "source"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # people read the numbers; JSON would be in their way
+    result = prepare("--source", source, "--out", tmp_path / "out", "--dry-run")
+    assert result.out == "" and "60 images of 3 classes, not written, because of --dry-run" in result.error[0]
 
 
 def test_out_below_a_file_is_an_error(prepare, source, tmp_path):

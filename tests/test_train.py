@@ -357,6 +357,8 @@ def test_second_run_in_the_same_folder_is_refused(run, tree, tmp_path):
         # The lock is taken before anything is read.
         run("train", "--data", tmp_path / "missing", "--out", tmp_path / "out", *SMALL, code=75)
     assert not (tmp_path / "out").exists()
+    inside = run("train", "--data", tree, "--out", tree / "train" / "red", "--tune", 2, *SMALL, code=2).error[0]
+    assert "is inside the data" in inside  # where its pictures would be images of the next run
 
 
 # ---------------------------------------------------------------- the feature cache
