@@ -479,18 +479,21 @@ def read_unfinished(folder: Path, resume: bool, restart: bool) -> UnfinishedRun 
 def read_incumbent(path: Path, dataset: Dataset, network: Network, data: Path) -> Incumbent | None:
     """Read the model that --only-if-better compares with, if there is one.
 
-    The comparison leaves out the val images on which it or the network to be trained was trained. Raises UserError if
-    these are more than half, or if the classes differ.
+    A model that lacks a class of the data is not compared: the new one replaces it. The comparison leaves out the val
+    images on which it or the network to be trained was trained. Raises UserError if these are more than half, or if the
+    data lack a class of the model.
     """
     if not path.exists():
         log(f"--only-if-better: there is no {path} yet")
         return None
     old, val = read_checkpoint(path), dataset.splits["val"]
-    if different := sorted(set(dataset.classes) ^ set(old.classes)):
+    if lost := sorted(set(old.classes) - set(dataset.classes)):
         raise UserError(
-            f"--only-if-better: {path} and {data} cannot be compared, because only one of them has the class "
-            f"{', '.join(different[:5])}; choose another --out"
+            f"--only-if-better: {path} knows the class {', '.join(lost[:5])}, {data} does not; choose another --out"
         )
+    if new := sorted(set(dataset.classes) - set(old.classes)):
+        log(f"--only-if-better: {path} does not know the class {', '.join(new[:5])}, so the new model replaces it")
+        return None
     if not len(old.train_hashes):
         log(f"--only-if-better: {path} does not say which images it was trained on; some of val may be among them")
     known = torch.cat([old.train_hashes, network.train_hashes])

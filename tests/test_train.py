@@ -986,6 +986,12 @@ def test_only_if_better_needs_comparable_models(run, tree, trained, tmp_path):
     classes = make_tree(tmp_path / "classes", counts=(("train", 4), ("val", 4)), classes=["red", "green"])
     message = run("train", "--data", classes, *args, code=2).error[0]
     assert "class blue" in message and "model.pt" in message
+    grown = make_tree(tmp_path / "grown", counts=(("train", 4), ("val", 4)))
+    for split in ("train", "val"):
+        shutil.copytree(grown / split / "red", grown / split / "purple")
+    result = run("train", "--data", grown, *args)
+    assert "does not know the class purple, so the new model replaces it" in result.err
+    assert result.json["kept_old"] is False and "purple" in load_pt(out / "model.pt")["classes"]
     without_val = make_tree(tmp_path / "unmeasured", counts=(("train", 4),))
     assert "no val/" in run("train", "--data", without_val, *args, code=2).error[0]
     content, order = load_pt(trained.model), [2, 0, 1]
