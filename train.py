@@ -64,8 +64,13 @@ ALPHAS = (0.75, 0.5, 0.25, 0)  # what `interpolate` tries besides the fine-tuned
 STRONG_PARTS = 16  # parts of a batch; the images of a part share one draw of strong augmentation
 TEMPERATURE_PRIOR = 0.5  # standard deviation of the prior of log(temperature)
 MIX_MIN_IMAGES = 20_000  # with fewer training images, CutMix and MixUp do harm (Kolesnikov et al., ECCV 2020)
-RUN_VERSION = 3  # format version of last.pt
 HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")), "seconds"]
+RUN_VERSION = 4  # format version of last.pt
+# What last.pt has of each run, as `has_form` takes it.
+ROW_FORM = dict.fromkeys(HISTORY_FIELDS, float | int | None) | {"epoch": int, "seconds": float, "measured": dict}
+EPOCH_FORM = {"row": ROW_FORM, "calibrated_nll": float, "temperature": float, "weights": dict}
+HPARAMS_FORM = {"lr": float, "weight_decay": float | int, "label_smoothing": float | int, "epochs": int}
+RUN_FORM = {"hparams": HPARAMS_FORM, "seed": int, "history": [ROW_FORM], "best": EPOCH_FORM}
 
 
 # ---------------------------------------------------------------- command line
@@ -323,11 +328,77 @@ class TrainingResult:
 class UnfinishedRun:
     """The state of an interrupted training, from last.pt."""
 
+    file: Path
     settings: dict  # everything that affects its result, see `run_settings`
     completed: list[Run]  # those of earlier seeds
     run: Run  # the interrupted one
     optimizer: dict  # state dict after the last complete epoch
     weights: dict  # the learner's state dict after that epoch
+
+    @staticmethod
+    def from_dict(content: dict, file: Path) -> UnfinishedRun:
+        """Make the unfinished run that last.pt describes. Raises an error unless all but its tensors is as written."""
+        form = {"settings": dict, "completed": [RUN_FORM], "run": RUN_FORM, "optimizer": dict, "weights": dict}
+        fields = {key: content[key] for key in form}
+        runs = [*map(Run.from_dict, [*fields["completed"], fields["run"]])] if has_form(fields, form) else []
+        first, count = (fields["settings"][key] for key in ("seed", "seeds"))
+        digest_of(fields["settings"])  # an error unless these are plain values
+        valid = [run.seed for run in runs] == list(range(first, first + count))[: len(runs)] and all(
+            [row["epoch"] for row in run.history] == list(range(1, len(run.history) + 1))
+            and run.best.row in run.history
+            and 0.01 < run.best.temperature < 100
+            and min(vars(run.hparams).values()) >= 0
+            for run in runs
+        )
+        if not valid or not runs:
+            raise ValueError
+        return UnfinishedRun(file, **{**fields, "completed": runs[:-1], "run": runs[-1]})
+
+    def restore(self, learner: Learner, optimizer: torch.optim.Optimizer) -> Run:
+        """Give the learner and its optimizer the state after the last complete epoch, and return the run so far.
+
+        Shapes are compared first: the optimizer's fused step would write beyond the end of tensors of another shape.
+        """
+        with refuse_damaged_state(self.file):
+            all_weights = [self.weights, *(run.best.weights for run in (*self.completed, self.run))]
+            saved, state = self.optimizer["state"], {}
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for index in saved:
+                first, second = (torch.zeros_like(parameters[index]) for _ in range(2))
+                state[index] = {"step": torch.zeros(()), "exp_avg": first, "exp_avg_sq": second}
+            if not has_form(all_weights, [learner.state_dict(0)]) or not has_form(saved, state):
+                raise ValueError
+            for index, tensors in state.items():
+                for key, tensor in tensors.items():
+                    tensor.copy_(saved[index][key])
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            learner.load_state_dict(self.weights)
+        log(f"resumed after epoch {len(self.run.history)}")
+        return replace(self.run, history=list(self.run.history))
+
+
+def has_form(value: Any, form: Any) -> bool:
+    """Return whether a value has a form: a type, a list of one form, a dict of forms, or a tensor of the same shape."""
+    if isinstance(form, dict):
+        same_keys = isinstance(value, dict) and value.keys() == form.keys()
+        return same_keys and all(has_form(value[key], form[key]) for key in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(has_form(item, form[0]) for item in value)
+    if torch.is_tensor(form):
+        return torch.is_tensor(value) and (value.shape, value.dtype) == (form.shape, form.dtype)
+    return isinstance(value, form)
+
+
+@contextlib.contextmanager
+def refuse_damaged_state(file: Path) -> Iterator[None]:
+    """Turn whatever goes wrong in the block, which reads or restores a run, into an error that says what to do."""
+    try:
+        yield
+    except PermissionError:
+        raise
+    except Exception as error:
+        reason = error if isinstance(error, UserError) else f"the state in {file} is damaged"
+        raise UserError(f"{reason}; discard it with --restart") from None
 
 
 @dataclass
@@ -447,28 +518,20 @@ def log_class_sizes(data: Path, dataset: Dataset, balanced: bool) -> None:
 def read_unfinished(folder: Path, resume: bool, restart: bool) -> UnfinishedRun | None:
     """Return the state of the unfinished run in a folder, or None if there is none or --restart discards it.
 
-    Raises UserError for an unfinished run if neither --resume nor --restart is given, and for a damaged last.pt.
+    Raises UserError for an unfinished run if neither --resume nor --restart is given, and for a last.pt that is damaged
+    or of another version.
     """
-    last = folder / "last.pt"
-    content = {"finished": True}
-    if last.exists() and not restart:
-        try:
+    last, content = folder / "last.pt", {"finished": True}
+    with refuse_damaged_state(last):
+        if last.exists() and not restart:
             content = read_torch_file(last)
-        except UserError as error:
-            raise UserError(f"{error}; discard it with --restart") from None
-    if content.get("finished"):
-        if resume:
-            log(f"nothing to resume in {folder}: starting a new run")
-        return None
-    try:
+        if content["finished"] is True:
+            if resume:
+                log(f"nothing to resume in {folder}: starting a new run")
+            return None
         if (content["format"], content["version"]) != (RUN_FORMAT, RUN_VERSION):
-            raise ValueError
-        fields = {key: dict(content[key]) for key in ("settings", "optimizer", "weights")}
-        completed = [Run.from_dict(run) for run in content["completed"]]
-        unfinished = UnfinishedRun(completed=completed, run=Run.from_dict(content["run"]), **fields)
-    except (LookupError, TypeError, ValueError):
-        reason = "is damaged, or was written by another version of this program"
-        raise UserError(f"the state of the unfinished run in {last} {reason}; discard it with --restart") from None
+            raise UserError(f"the state in {last} was written by another version of this program")
+        unfinished = UnfinishedRun.from_dict(content, last)
     if not resume:
         epochs = len(unfinished.run.history)
         hint = "continue it with --resume, or discard it with --restart"
@@ -676,10 +739,7 @@ def fit(
     optimizer = torch.optim.AdamW(groups, fused=learner.device.type != "mps")
     runs = [replace(run, history=[]) for run in runs]
     if unfinished:
-        runs = [replace(unfinished.run, history=list(unfinished.run.history))]
-        optimizer.load_state_dict(unfinished.optimizer)
-        learner.load_state_dict(unfinished.weights)
-        log(f"resumed after epoch {len(runs[0].history)}")
+        runs = [unfinished.restore(learner, optimizer)]
     for epoch in range(len(runs[0].history) + 1, max(run.hparams.epochs for run in runs) + 1):
         start = time.monotonic()
         limit = epochs_until(options.deadline, runs, epoch - 1)

@@ -1,5 +1,6 @@
 """train.py: the files it writes, what it learns and what it leaves unchanged, resuming, and what it refuses."""
 
+import copy
 import csv
 import functools
 import hashlib
@@ -284,14 +285,38 @@ def test_state_of_an_unfinished_run(run, run_interrupted, tree, tmp_path):
     args = ["--data", tree, "--out", out, "--epochs", 3, *SMALL]
     run_interrupted(2, *args)
     state = load_pt(out / "last.pt")
-    head = {"format": "training run", "version": 3}
+    head = {"format": "training run", "version": 4}
     fields = {"settings", "completed", "run", "optimizer", "weights", "finished"}
     assert state.keys() == head.keys() | fields and state | head == state
     assert (state["completed"], state["finished"]) == ([], False)
     assert state["run"].keys() == {"hparams", "seed", "history", "best"} and len(state["run"]["history"]) == 2
-    torch.save(state | {"version": 1}, out / "last.pt")
+    torch.save(state | {"version": 3}, out / "last.pt")  # the order of the optimizer's parameters was another
     message = run("train", *args, "--resume", code=2).error[0]
     assert "last.pt" in message and "version" in message and "--restart" in message
+    for *parents, name, value in (
+        ("optimizer", "state", 0, "exp_avg", torch.zeros(1, 1)),  # was a segmentation fault
+        ("optimizer", "state", {0: {}}),
+        ("optimizer", "state", {5: state["optimizer"]["state"][0]}),
+        ("weights", "1.weight", torch.zeros(3, 3)),
+        ("run", "best", "weights", {}),
+        ("run", "best", "row", "val_loss", "low"),
+        ("run", "best", "temperature", 0.0),
+        ("run", "hparams", "lr", -1.0),
+        ("run", "history", []),
+        ("run", "seed", 7),
+        ("completed", [{}]),
+        ("settings", "seeds", torch.zeros(3)),
+        ("settings", "lr", torch.zeros(3)),
+        ("run", None),
+        ("version", torch.zeros(3)),
+    ):
+        altered = target = copy.deepcopy(state)
+        for parent in parents:
+            target = target[parent]
+        target[name] = value
+        torch.save(altered, out / "last.pt")
+        message = run("train", *args, "--resume", code=2).error[0]
+        assert "last.pt is damaged; discard it with --restart" in message, (parents, name)
     torch.save({"format": "training run", "version": 1, "finished": True}, out / "last.pt")
     assert run("train", *args).json["epochs"] == 3
     assert load_pt(out / "last.pt").keys() == {"format", "version", "settings", "finished"}
