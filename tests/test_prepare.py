@@ -267,6 +267,10 @@ def test_names_in_a_zip_without_the_utf8_flag(prepare, source, tmp_path):
             for path in sorted(source.rglob("*.png")):
                 folder = name if path.parent.name == "red" else path.parent.name
                 archive.writestr(UnflaggedInfo(f"{folder}/{path.name}"), path.read_bytes())
+        prepare("--source", tmp_path / f"{encoding}.zip", "--out", tmp_path / encoding)
+        assert {row["class"] for row in rows(tmp_path / encoding)} == {"blue", "green", name}
+
+
 def test_locale_without_utf8(source, tmp_path):
     """File names are UTF-8 also in the locale C; and stderr has no warnings of Pillow."""
     (source / "red").rename(source / "M\u00fcll")
@@ -296,10 +300,6 @@ def test_unreadable_folders(prepare, source, tmp_path, monkeypatch):
     assert rejected(tmp_path / "out") == {"red/closed": "Permission denied"}
     folder = source
     assert f"{source}: Permission denied" in prepare(*args, "--force", code=2).error[0]
-
-
-        prepare("--source", tmp_path / f"{encoding}.zip", "--out", tmp_path / encoding)
-        assert {row["class"] for row in rows(tmp_path / encoding)} == {"blue", "green", name}
 
 
 # ---------------------------------------------------------------- what is left out
