@@ -1282,8 +1282,24 @@ def load_pretrained(
         unused = (f"{classifier}.", "aux1.", "aux2.", "AuxLogits.")
         state_dict = {key: value for key, value in state_dict.items() if not key.startswith(unused)}
         what = f"{arch} of {preprocessing['size']} pixels" if "image_size" in kwargs else arch
-        load_weights(model, {**state_dict, **own}, f"{what} (choose another with --arch)", pretrained.name)
+        try:
+            load_weights(model, {**state_dict, **own}, f"{what} (choose another with --arch)", pretrained.name)
+        except UserError as error:
+            fitting = architectures_of(pretrained.state_dict)
+            hint = f"; it looks like {fitting[0]}" if len(fitting) == 1 and fitting != [arch] else ""
+            raise UserError(f"{error}{hint}") from None
     return Network(arch, {"num_classes": num_classes, **kwargs}, preprocessing, model, **pretrained.hashes)
+
+
+def architectures_of(state_dict: dict[str, Any]) -> list[str]:
+    """Return the architectures with the names of a state dict, and as many parameters for as many classes."""
+    floats = {key: value for key, value in state_dict.items() if torch.is_tensor(value) and value.is_floating_point()}
+    classes, width = next((value.shape for value in reversed(floats.values()) if value.dim() == 2), (0, 0))
+    count = sum(value.numel() for key, value in floats.items() if "running_" not in key)  # BatchNorm's statistics
+    count -= (classes - 1000) * (width + 1)
+    entries = {arch: torchvision.models.get_model_weights(arch) for arch in list_architectures()}
+    found = [arch for arch in entries if any(entry.meta["num_params"] == count for entry in entries[arch])]
+    return [arch for arch in found if build_model(arch, {}, "meta").state_dict().keys() == state_dict.keys()]
 
 
 def find_weights(arch: str, weights: str | None) -> PretrainedWeights:

@@ -220,6 +220,7 @@ def test_weights_that_do_not_fit(run, trained, tree, tmp_path):
     for file, words in (
         ("numbers.pth", "by name"),
         ("other.pth", "missing (conv1.weight"),
+        ("other.pth", "it looks like mobilenet_v3_small"),
         ("list.pth", "a list"),
         ("text.pth", "damaged"),
         ("more.pth", "unknown (extra.weight)"),
