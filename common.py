@@ -45,7 +45,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import PIL
 from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401
@@ -235,11 +235,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors show the usage of the options that they are about, not that of all."""
+
+    def error(self, message: str) -> NoReturn:
+        options = {name: action for action in self._actions for name in action.option_strings}
+        if message.startswith("unrecognized arguments: "):
+            names = (text.partition("=")[0] for text in message.split() if text.startswith("-"))
+            if close := [match for name in names for match in difflib.get_close_matches(name, options, 1)]:
+                message += f"; did you mean {' and '.join(close)}?"
+        shown = dict.fromkeys(options[name] for name in re.findall(r"--?[a-z0-9-]+", message) if name in options)
+        formatter = self._get_formatter()
+        formatter.add_usage(None if shown else "%(prog)s [options], see %(prog)s --help", shown, [])
+        self.exit(EXIT_USAGE, f"{formatter.format_help()}{self.prog}: error: {printable(message)}\n")
+
+
 def make_parser(script: str, description: str, example: str) -> argparse.ArgumentParser:
     """Make an argument parser whose help ends with an example and the exit codes."""
     epilog = f"example:\n  {example}\n\n{EXIT_CODES}"
     options = {"epilog": epilog, "formatter_class": HelpFormatter, "allow_abbrev": False}
-    return argparse.ArgumentParser(prog=script, description=description, **options)
+    return Parser(prog=script, description=description, **options)
 
 
 def number_type(kind: type, description: str, accept: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -255,7 +270,7 @@ def number_type(kind: type, description: str, accept: Callable[[Any], bool]) -> 
     return parse
 
 
-positive_int = number_type(int, "a whole number of at least 1", lambda value: value >= 1)
+positive_int = number_type(int, "a whole number between 1 and 2^31 - 1", lambda value: 1 <= value < 1 << 31)
 positive_float = number_type(float, "a positive number", lambda value: 0 < value < math.inf)
 non_negative_float = number_type(float, "zero or a positive number", lambda value: 0 <= value < math.inf)
 fraction = number_type(float, "a number between 0 and 1", lambda value: 0 <= value <= 1)

@@ -1063,6 +1063,8 @@ def test_bad_trees(run, tree, tmp_path, damage, words):
     [
         (["--epochs", "0"], "--epochs"),
         (["--batch-size", "0"], "--batch-size"),
+        (["--batch-size", "1" + 21 * "0"], "--batch-size"),
+        (["--epoch", "10"], "did you mean --epochs?"),
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr"),
         (["--arch", "resnet5"], "resnet50"),
@@ -1128,7 +1130,10 @@ def test_list_archs(run):
 
 def test_wrong_option_of_a_command():
     done = command("train", "--epochs", 0)
-    assert done.returncode == 2 and not done.stdout and "--epochs" in done.stderr.splitlines()[-1]
+    usage, message = done.stderr.splitlines()
+    assert (
+        done.returncode == 2 and not done.stdout and "--epochs" in message and usage == "usage: train.py [--epochs N]"
+    )
 
 
 # ---------------------------------------------------------------- real data, and the benchmarks
