@@ -383,13 +383,26 @@ class Progress:
 
 # ---------------------------------------------------------------- files
 
+DAY = 86400  # in seconds
+
+
+def remove_leftovers(folder: Path, pattern: str = "*", age: float = 0) -> None:
+    """Remove the temporary files of `atomic_write` for names like `pattern` that are at least `age` seconds old.
+
+    Killed runs leave them behind; those of a run that is still going are only known by their age, or by a lock.
+    """
+    for leftover in folder.glob(f".{pattern}.{'[0-9a-f]' * 8}.tmp"):
+        with contextlib.suppress(OSError):  # another run may have removed it
+            if time.time() - leftover.stat().st_mtime >= age:
+                leftover.unlink()
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that replaces `path` when the block ends without an error, completely written and flushed to disk."""
     path = Path(path)
+    remove_leftovers(path.parent, glob.escape(path.name), age=DAY)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    remove_leftovers(path.parent, glob.escape(path.name))
     try:
         text = {} if "b" in mode else {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
         with name_errors(path):
@@ -427,14 +440,6 @@ def check_output_outside(option: str, out: Path, inputs: Iterable[Path]) -> None
     for path in inputs:
         if out.resolve().is_relative_to(path.resolve()):
             raise UserError(f"{option} {out} is inside the data, {path}; choose another place for it")
-
-
-def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove the temporary files of `atomic_write` that killed runs left behind: those that are an hour old."""
-    with contextlib.suppress(OSError):  # another run may remove them at the same time
-        for file in folder.glob(f".{pattern}.{'[0-9a-f]' * 8}.tmp"):
-            if time.time() - file.stat().st_mtime > 3600:
-                file.unlink()
 
 
 @contextlib.contextmanager
@@ -1852,7 +1857,7 @@ class FeatureCache:
             # Whatever else is in the folder is not ours.
             folders = [folder for folder in self.folder.glob("[0-9a-f]" * 32) if folder.is_dir()]
             for folder in folders:
-                remove_leftovers(folder, "[0-9a-f]" * 64 + ".pt")
+                remove_leftovers(folder, f"{'[0-9a-f]' * 64}.pt", age=DAY)
             files = [file for folder in folders for file in folder.glob(CACHE_FILES)]
             files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in files)
             total = sum(size for _, size, _ in files)

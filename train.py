@@ -38,9 +38,9 @@ from common import defer_signals, digest_of, draw_images, extract_features, frac
 from common import initialize_classifier, is_out_of_memory, library_versions, list_architectures, list_split
 from common import load_pretrained, log, log_device, make_parser, new_figure, non_negative_float, open_image
 from common import paired_difference, pick_precision, positive_float, positive_int, print_json, printable, process_group
-from common import read_batches, read_checkpoint, read_known, read_torch_file, relative_residuals, resize
-from common import rows_per_chunk, save_figure, seed_number, short_hashes, to_device, update_weights, usable_memory
-from common import write_csv, write_torch_file
+from common import read_batches, read_checkpoint, read_known, read_torch_file, relative_residuals, remove_leftovers
+from common import resize, rows_per_chunk, save_figure, seed_number, short_hashes, to_device, update_weights
+from common import usable_memory, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -414,8 +414,7 @@ def prepare(args: argparse.Namespace) -> tuple[Dataset, Network, UnfinishedRun |
     needs_val = [name for name in ("tune", "patience", "only_if_better") if getattr(args, name)]
     dataset = list_tree(args.data, [f"--{name.replace('_', '-')}" for name in needs_val])
     log_class_sizes(args.data, dataset, args.class_weights is not None)
-    for leftover in args.out.glob(".*.tmp"):  # left behind by a killed run
-        leftover.unlink()
+    remove_leftovers(args.out)  # of a killed run: this one holds the lock
     unfinished = read_unfinished(args.out, args.resume, args.restart)
     network = load_pretrained(args.arch, args.weights, len(dataset.classes), args.image_size, args.resize, args.seed)
     for name, split in dataset.splits.items():

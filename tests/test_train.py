@@ -332,6 +332,8 @@ def test_restart_discards_the_unfinished_run(run, run_interrupted, tree, tmp_pat
 
     args = ["--data", tree, "--epochs", 4, *SMALL, "--out", tmp_path / "out"]
     run_interrupted(1, *args)
+    (tmp_path / "out" / ".report.abc_1234.tmp").mkdir()  # of a killed evaluation with the same --out
+    (tmp_path / "out" / ".model.pt.0123abcd.tmp").touch()
     run("train", *args, "--restart", "--weights", tmp_path / "missing.pth", code=2)
     assert load_pt(tmp_path / "out" / "last.pt")["finished"] is False
     with monkeypatch.context() as patch:
@@ -339,6 +341,7 @@ def test_restart_discards_the_unfinished_run(run, run_interrupted, tree, tmp_pat
         assert "in place of --restart" in run("train", *args, "--restart", "--lr", 0.02, code=130).err
     result = run("train", *args, "--lr", 0.02, "--resume")
     assert "nothing to resume" in result.err and result.json["epochs"] == 4
+    assert not (tmp_path / "out" / ".model.pt.0123abcd.tmp").exists()
 
 
 def test_another_network_is_not_resumed(run, run_interrupted, tree, tmp_path):

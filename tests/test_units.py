@@ -639,6 +639,16 @@ def test_atomic_write_replaces_the_file_in_the_end(tmp_path, mode, old, new):
     assert path.read_bytes() != content and list(tmp_path.iterdir()) == [path]
 
 
+def test_atomic_write_removes_what_a_killed_run_left(tmp_path):
+    """But not the temporary file of a run that is still writing, nor files of other names."""
+    for name, age in ((".[a].0123abcd.tmp", 90_000), (".[a].00000000.tmp", 60), (".a.0123abcd.tmp", 90_000)):
+        (tmp_path / name).write_text("part")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    with common.atomic_write(tmp_path / "[a]"):
+        pass
+    assert names(tmp_path) == [".[a].00000000.tmp", ".a.0123abcd.tmp", "[a]"]
+
+
 def test_atomic_write_names_the_file_in_errors(tmp_path):
     with pytest.raises(OSError) as raised, common.atomic_write(tmp_path / "file"):
         raise OSError(28, "No space left on device")  # a full disk: the error has no file name
