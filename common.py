@@ -6,6 +6,15 @@ answers at once.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+# Until a script has its own handler, Ctrl-C ends it at once: nothing is to be cleaned up while modules are imported.
+if os.path.dirname(getattr(sys.modules["__main__"], "__file__", "")) == os.path.dirname(__file__):
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import array
 import collections
@@ -26,13 +35,12 @@ import io
 import json
 import math
 import mmap
-import os
 import platform
-import signal
+import re
+import re
 import stat
 import statistics
 import struct
-import sys
 import tempfile
 import threading
 import time

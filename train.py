@@ -1907,6 +1907,9 @@ class RunFiles:
             best = "  best so far" if run.best.row["epoch"] == row["epoch"] else ""
             notes = f"  calibrated val loss {epoch.calibrated_nll:.4f}{best}"
         log(f"epoch {row['epoch']}/{run.hparams.epochs}  {format_metrics(row)}{notes}")
+        guessing = math.log(len(self.settings["classes"]))
+        if row["epoch"] == 1 and row["train_loss"] > 10 * guessing:
+            log(f"warning: the loss is far above that of guessing, {guessing:.2f}: lower --lr, or --backbone-lr")
         with defer_signals():
             if self.live_history:
                 self.write_history(run)

@@ -1096,8 +1096,10 @@ def test_bad_arguments(run, tree, tmp_path, argv, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_loss_that_is_not_finite_is_an_error(run, tree, tmp_path):
+def test_loss_that_is_not_finite_is_an_error(run, tree, similar_tree, tmp_path):
     args = ["--data", tree, *SMALL]
+    high = run("train", "--data", similar_tree, *SMALL, "--out", tmp_path / "high", "--epochs", 1, "--lr", 1000)
+    assert "warning: the loss is far above that of guessing, 1.10: lower --lr" in high.err
     message = run("train", *args, "--out", tmp_path / "out", "--lr", 1e37, code=2).error[0]
     assert "lower --lr" in message and "epoch 1" in message and "1e+37" in message
     one_step = ["--lr", 1e38, "--epochs", 1, "--batch-size", 500]  # it shows only after the last step of all

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import csv
+import functools
 import hashlib
 import io
 import math
@@ -11,17 +12,19 @@ import signal
 import time
 import zipfile
 
-import common
 import pytest
 import torch
-import train
-from common import UserError
+from conftest import command, names
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
+
+import common
+import train
+from common import UserError
 
 
 def random_tensor(*shape, seed=0):
@@ -480,7 +483,7 @@ def test_every_architecture(arch):
 @pytest.mark.parametrize(
     "parse, good, bad",
     [
-        (common.positive_int, [1, 12], ["0", "-1", "1.5", "x", ""]),
+        (common.positive_int, [1, (1 << 31) - 1], ["0", "-1", "1.5", "x", "", str(1 << 31)]),
         (common.positive_float, [0.5, 1e-9], ["0", "-1", "nan", "inf", "x"]),
         (common.non_negative_float, [0, 2.5], ["-0.1", "nan", "inf"]),
         (common.fraction, [0, 1, 0.5], ["-0.01", "1.01", "nan"]),
@@ -513,6 +516,29 @@ def test_signals_are_deferred():
         assert steps == ["after the first"]
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def test_hangup_ends_a_script_unless_it_is_ignored(capsys):
+    @common.command
+    def main(argv):
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert main() == 129 and "interrupted" in capsys.readouterr().err
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        assert main() == 0
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def test_an_interrupted_import_is_not_a_traceback(tmp_path):
+    (tmp_path / "PIL.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+    options = {"env": {**os.environ, "PYTHONPATH": str(tmp_path)}}
+    options["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    done = command("evaluate", "--help", **options)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_error_messages_are_one_line():
