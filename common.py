@@ -37,7 +37,6 @@ import math
 import mmap
 import platform
 import re
-import re
 import stat
 import statistics
 import struct
@@ -144,8 +143,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
     def run(argv: Sequence[str] | None = None) -> int:
         if argv is None and sys.getfilesystemencoding() != "utf-8":  # in the locale C, but file names are UTF-8
             os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-        numbers = signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)  # Windows has no SIGHUP
-        for number in numbers:
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):  # not on Windows
             if signal.getsignal(number) != signal.SIG_IGN:  # a shell ignores SIGINT in the jobs it starts with &
                 with contextlib.suppress(ValueError):  # not in the main thread
                     signal.signal(number, handle_signal)
@@ -391,13 +389,11 @@ class Progress:
 
 # ---------------------------------------------------------------- files
 
-DAY = 86400  # in seconds
-
 
 def remove_leftovers(folder: Path, pattern: str = "*", age: float = 0) -> None:
     """Remove the temporary files of `atomic_write` for names like `pattern` that are at least `age` seconds old.
 
-    Killed runs leave them behind; those of a run that is still going are only known by their age, or by a lock.
+    Killed runs leave them behind; only their age, or a lock, tells them from those of a run that is still going.
     """
     for leftover in folder.glob(f".{pattern}.{'[0-9a-f]' * 8}.tmp"):
         with contextlib.suppress(OSError):  # another run may have removed it
@@ -409,7 +405,7 @@ def remove_leftovers(folder: Path, pattern: str = "*", age: float = 0) -> None:
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that replaces `path` when the block ends without an error, completely written and flushed to disk."""
     path = Path(path)
-    remove_leftovers(path.parent, glob.escape(path.name), age=DAY)
+    remove_leftovers(path.parent, glob.escape(path.name), age=86400)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         text = {} if "b" in mode else {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
@@ -542,10 +538,7 @@ def hold_lock(path: Path) -> Iterator[None]:
 
 
 def acquire_lock(path: Path) -> IO[str]:
-    """Open and lock a file; closing it releases the lock. Raises LockedError if another process holds it.
-
-    A file that exists stays as it is, and a link is not followed: that is an OSError.
-    """
+    """Open and lock a file, but no link; closing it releases it. Raises LockedError if another process holds it."""
     no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1865,7 +1858,7 @@ class FeatureCache:
             # Whatever else is in the folder is not ours.
             folders = [folder for folder in self.folder.glob("[0-9a-f]" * 32) if folder.is_dir()]
             for folder in folders:
-                remove_leftovers(folder, f"{'[0-9a-f]' * 64}.pt", age=DAY)
+                remove_leftovers(folder, f"{'[0-9a-f]' * 64}.pt", age=86400)
             files = [file for folder in folders for file in folder.glob(CACHE_FILES)]
             files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in files)
             total = sum(size for _, size, _ in files)

@@ -340,19 +340,16 @@ class UnfinishedRun:
         """Make the unfinished run that last.pt describes. Raises an error unless all but its tensors is as written."""
         form = {"settings": dict, "completed": [RUN_FORM], "run": RUN_FORM, "optimizer": dict, "weights": dict}
         fields = {key: content[key] for key in form}
-        runs = [*map(Run.from_dict, [*fields["completed"], fields["run"]])] if has_form(fields, form) else []
-        first, count = (fields["settings"][key] for key in ("seed", "seeds"))
-        digest_of(fields["settings"])  # an error unless these are plain values
-        valid = [run.seed for run in runs] == list(range(first, first + count))[: len(runs)] and all(
-            [row["epoch"] for row in run.history] == list(range(1, len(run.history) + 1))
-            and run.best.row in run.history
-            and 0.01 < run.best.temperature < 100
-            and min(vars(run.hparams).values()) >= 0
-            for run in runs
-        )
-        if not valid or not runs:
+        valid = has_form(fields, form)
+        *completed, run = map(Run.from_dict, (*fields["completed"], fields["run"]))
+        for number, part in enumerate((*completed, run)):
+            valid &= part.seed == fields["settings"]["seed"] + number and number < fields["settings"]["seeds"]
+            valid &= [row["epoch"] for row in part.history] == list(range(1, len(part.history) + 1))
+            valid &= part.best.row in part.history and 0.01 < part.best.temperature < 100
+            valid &= min(vars(part.hparams).values()) >= 0
+        if not valid:
             raise ValueError
-        return UnfinishedRun(file, **{**fields, "completed": runs[:-1], "run": runs[-1]})
+        return UnfinishedRun(file, **{**fields, "completed": completed, "run": run})
 
     def restore(self, learner: Learner, optimizer: torch.optim.Optimizer) -> Run:
         """Give the learner and its optimizer the state after the last complete epoch, and return the run so far.
@@ -587,7 +584,7 @@ def run_settings(arguments: dict, dataset: Dataset, features_key: dict) -> dict:
 def check_resumable(unfinished: UnfinishedRun, settings: dict, folder: Path) -> None:
     """Raise UserError that lists the settings that differ from those of the unfinished run."""
     before = unfinished.settings
-    if different := [key for key, value in settings.items() if value != before.get(key)]:
+    if different := [key for key, value in settings.items() if str(value) != str(before.get(key))]:
         texts = [f"{key} was {before.get(key)}, is {settings[key]}" for key in different]
         raise UserError(f"cannot resume {folder}: {'; '.join(texts)}; discard the unfinished run with --restart")
 

@@ -307,7 +307,7 @@ def test_state_of_an_unfinished_run(run, run_interrupted, tree, tmp_path):
         ("run", "seed", 7),
         ("completed", [{}]),
         ("settings", "seeds", torch.zeros(3)),
-        ("settings", "lr", torch.zeros(3)),
+        ("settings", "seed", "x"),
         ("run", None),
         ("version", torch.zeros(3)),
     ):
