@@ -1037,11 +1037,19 @@ def wilson(count: int, total: int) -> Estimate:
     return Estimate(share, middle - half if count else 0.0, middle + half if count < total else 1.0)
 
 
+def few_val_images(count: int) -> str | None:
+    """Return a warning if val has too few images (fewer than 100) for what is chosen on them, or None."""
+    if not 0 < count < 100:
+        return None
+    low = f"{wilson(count, count).low:.0%}"
+    return f"val has only {count} images: accuracy 100% means {low} or more, and what is chosen on them may be chance"
+
+
 def paired_difference(only_a: int, only_b: int, n: int) -> Estimate:
     """Return the difference of two accuracies on the same n images, with a 95% interval (Bonett and Price, 2012)."""
     more, less = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
     half = Z * math.sqrt((more + less - (more - less) ** 2) / (n + 2))
-    return Estimate((only_a - only_b) / n, more - less - half, more - less + half)
+    return Estimate((only_a - only_b) / n, max(-1.0, more - less - half), min(1.0, more - less + half))
 
 
 # ---------------------------------------------------------------- processors and processes

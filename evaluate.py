@@ -39,10 +39,10 @@ from common import Checkpoint, Estimate, FeatureCache, FeatureRequest, Inference
 from common import View
 from common import add_cache_options, add_hardware_options, are_among, atomic_write, check_output_outside
 from common import checkpoint_precision, checkpoint_views, command, defer_signals, draw_images, extract_features
-from common import fraction, hash_images, hold_lock, in_batches, library_versions, list_split, log, log_device
-from common import make_parser, new_figure, paired_difference, pick_device, pick_precision, print_json, printable
-from common import read_batches, read_checkpoint, read_known, rows_per_chunk, save_figure, shorten, to_json_text
-from common import unfamiliarity, wilson, write_csv
+from common import few_val_images, fraction, hash_images, hold_lock, in_batches, library_versions, list_split, log
+from common import log_device, make_parser, new_figure, paired_difference, pick_device, pick_precision, print_json
+from common import printable, read_batches, read_checkpoint, read_known, rows_per_chunk, save_figure, shorten
+from common import to_json_text, unfamiliarity, wilson, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +170,7 @@ def metrics_content(
 
 # ---------------------------------------------------------------- input
 
-HISTORY_COLUMNS = [f"{split}_{quantity}" for split in SPLITS for quantity in ("loss", "acc")]
+HISTORY_COLUMNS = ["lr", "seconds", *(f"{split}_{quantity}" for split in SPLITS for quantity in ("loss", "acc"))]
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # for color-blind readers too
 # Notes on splits that were used in training.
 SPLIT_NOTES = {
@@ -252,9 +252,16 @@ def read_histories(paths: list[Path] | None, models: list[Model]) -> list[Histor
     for number, (path, name) in enumerate(zip(paths, short_names(paths))):
         if path.exists():
             rows, metrics = read_history(path), saved_metrics(path, models)
+            # The other numbers of a model with weights between two networks (`alpha`) are its own.
+            keys = ("epoch", "lr", "seconds") if metrics.get("alpha", 1) != 1 else rows[0]
+            keys = [key for key in keys if isinstance(metrics.get(key), (int, float))]
+            own = [row for row in rows if all(row[key] == metrics[key] for key in keys)]
+            if not own:
+                log(f"no training curves: {path} is of another run than the model beside it, whose epoch is not in it")
+                continue
             with_val = [row for row in rows if not math.isnan(row["val_loss"])]
             lowest = min(with_val, key=lambda row: row["val_loss"], default=rows[-1])
-            best = next((row for row in rows if row["epoch"] == metrics.get("epoch")), lowest)
+            best = own[0] if "epoch" in keys else lowest
             histories.append(History(path, name, rows, best, metrics, COLORS[number % len(COLORS)]))
         elif required:
             raise UserError(f"no such file: {path}")
@@ -307,6 +314,8 @@ def list_images(folder: Path, models: list[Model], allow_missing: bool, workers:
             if not allow_missing:
                 raise UserError(f"{problem}; leave their images out with --allow-missing")
             notes.append(f"{problem}. Their images are left out.")
+        if warning := few_val_images(model.checkpoint.metrics.get("measured", {}).get("val", 0)):
+            notes.append(f"{model.path}: {warning}.")
         known &= set(classes)
         all_classes |= dict.fromkeys(classes)
     if not known:
@@ -836,6 +845,9 @@ def summarize_history(history: History) -> dict[str, Any]:
     kind, other = ("last", "test") if math.isnan(best["val_acc"]) else ("best", "val")
     gap, loss = best["train_acc"] - best[f"{other}_acc"], f"{other}_loss"
     _, low, high = accuracy_gap(history, other)
+    rows = [row for row in history.rows if not math.isnan(row[loss])] or [best]
+    lowest = min(rows, key=lambda row: row[loss])
+    falling = kind == "best" and len(rows) > 1 and lowest is best is rows[-1]
     words = f"{history.name}: the {kind} epoch is {best['epoch']} of {epochs}."
     if not math.isnan(gap):
         if low is None:
@@ -843,10 +855,10 @@ def summarize_history(history: History) -> dict[str, Any]:
         else:
             overfits = "it overfits slightly" if gap < 0.05 else "it overfits"
             verdict = "no sign of overfitting" if gap < 0.01 else "this can be chance" if low <= 0 else overfits
-            verdict = f" (95% interval {100 * low:.2f} to {100 * high:.2f}): {verdict}"
-        rows = [row for row in history.rows if not math.isnan(row[loss])] or [best]
-        lowest = min(rows, key=lambda row: row[loss])
+            interval = f" (95% interval {100 * low:.2f} to {100 * high:.2f})"
+            verdict = interval if falling else f"{interval}: {verdict}"
         rises = f"rises after epoch {lowest['epoch']}" if rows[-1][loss] > 1.02 * lowest[loss] else "does not rise"
+        rises = "was still falling: train longer (--epochs)" if falling else rises
         words += (
             f" Accuracy is {best['train_acc']:.2%} on train and {best[f'{other}_acc']:.2%} on {other}, a gap of "
             f"{100 * gap:.2f} points{verdict}; the loss on {other} {rises}."

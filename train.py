@@ -34,13 +34,13 @@ from common import Checkpoint, FeatureCache, FeatureRequest, InferenceModel, Laz
 from common import UserError, View
 from common import add_cache_options, add_hardware_options, all_gather_list, apply_view, are_among, average_views
 from common import broadcast_from_rank0, check_output_outside, checkpoint_precision, class_folders, command
-from common import defer_signals, digest_of, draw_images, extract_features, fraction, hash_images, hold_lock
-from common import initialize_classifier, is_out_of_memory, library_versions, list_architectures, list_split
+from common import defer_signals, digest_of, draw_images, extract_features, few_val_images, fraction, hash_images
+from common import hold_lock, initialize_classifier, is_out_of_memory, library_versions, list_architectures, list_split
 from common import load_pretrained, log, log_device, make_parser, new_figure, non_negative_float, open_image
 from common import paired_difference, pick_precision, positive_float, positive_int, print_json, printable, process_group
 from common import read_batches, read_checkpoint, read_known, read_torch_file, relative_residuals, remove_leftovers
 from common import resize, rows_per_chunk, save_figure, seed_number, short_hashes, to_device, update_weights
-from common import usable_memory, write_csv, write_torch_file
+from common import usable_memory, wilson, write_csv, write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -505,6 +505,8 @@ def log_class_sizes(data: Path, dataset: Dataset, balanced: bool) -> None:
             f"warning: {data / 'train'} is imbalanced; rare classes will be recognized less often: {', '.join(texts)}; "
             "--class-weights balanced gives all classes the same weight"
         )
+    if few := few_val_images(len(dataset.splits.get("val", ()))):
+        log(f"warning: {few}")
     if ignored := [name for name in class_folders(data) if name not in SPLITS]:
         log(f"warning: ignored in {data}: {', '.join(ignored)}")
     totals = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
@@ -1220,6 +1222,14 @@ def tune(
     log(f"tuned: {count} configurations in {time.monotonic() - start:.1f} s")
     log(f"  best on val: {format_hparams(rows[winner])}")
     log(f"  from the command line: {format_hparams(rows[0])}")
+    places = zip(("--lr", "--weight-decay"), points[winner - 1]) if winner else ()
+    if edges := [option for option, place in places if not 0.1 < place < 0.9]:
+        log(f"warning: the best lies at the edge of the range of {' and '.join(edges)}; values beyond may be better")
+    n, median = len(data["val"].targets), statistics.median_low(row["val_acc"] for row in rows)
+    accuracy = wilson(round(rows[winner]["val_acc"] * n), n)
+    if count > 2 and median >= accuracy.low:
+        text = f"its accuracy is {accuracy.text('.2%')}, that of the median configuration {median:.2%}"
+        log(f"warning: val has too few images ({n:,}) to tell the best from the others: {text}")
     return candidates[winner]
 
 

@@ -20,6 +20,10 @@ from sklearn import metrics as sklearn
 import evaluate
 from common import Checkpoint, LockedError, handle_signal, hash_file, hold_lock, short_hashes
 
+FALLING = """epoch,lr,train_loss,train_acc,val_loss,val_acc,test_loss,test_acc,seconds
+1,0.1,0.9,0.60,0.8,0.60,,,1
+2,0.1,0.1,0.99,0.7,0.70,,,1
+"""
 HISTORY = """epoch,lr,train_loss,train_acc,val_loss,val_acc,test_loss,test_acc,seconds
 1,0.1,0.9,0.60,0.8,0.60,,,1
 2,0.1,0.5,0.80,0.6,0.75,,,1
@@ -226,6 +230,8 @@ def test_paired_difference_by_hand():
     """8 / 102 plus and minus 1.96 * sqrt((14 / 102 - (8 / 102) ** 2) / 102), by Bonett and Price's formula."""
     assert evaluate.paired_difference(10, 2, 100) == pytest.approx((0.08, 0.0082, 0.1487), abs=1e-4)
     assert evaluate.paired_difference(2, 10, 100) == pytest.approx((-0.08, -0.1487, -0.0082), abs=1e-4)
+    low, high = evaluate.paired_difference(0, 3, 3)[1], evaluate.paired_difference(3, 0, 3)[2]
+    assert (low, high) == (-1, 1)  # not beyond what is possible
 
 
 def test_unpaired_difference_agrees_with_the_paper():
@@ -335,7 +341,8 @@ def test_split_default_folder_and_agreement_with_training(run, trained, tree):
         result = run("evaluate", "--checkpoint", trained.model, "--data", tree, "--split", split).json
         assert result["accuracy"] == pytest.approx(trained.json[f"{split}_acc"])
         assert result["loss"] == pytest.approx(metrics[f"{split}_loss"], abs=1e-4)
-        assert bool(result["notes"]) == (split != "test")
+        few, *notes = result["notes"]
+        assert "val has only 24 images: accuracy 100% means 86% or more" in few and bool(notes) == (split != "test")
     assert (trained.folder / "report" / "metrics.json").exists()
 
 
@@ -607,7 +614,16 @@ def test_overfitting_is_claimed_only_beyond_chance(run, trained, tree, tmp_path)
     many = write_run(trained, tmp_path / "many", HISTORY, epoch=2, measured={"train": 1000, "val": 10000}, alpha=0.5)
     zero = write_run(trained, tmp_path / "zero", HISTORY, epoch=2, measured={"train": 1000, "test": 5}, alpha=0)
     args = ["--data", tree, "--out", tmp_path / "out", "--checkpoint"]
-    few, many, zero = run("evaluate", *args, trained.model, "--history", few, many, zero).json["curves"]
+    counts = {"train": 1000, "val": 10000}
+    falling = write_run(trained, tmp_path / "falling", FALLING, epoch=2, measured=counts)
+    other = write_run(trained, tmp_path / "other", FALLING, epoch=2, measured=counts, val_loss=0.71)
+    alpha = write_run(trained, tmp_path / "alpha", FALLING, epoch=2, lr=0.2, val_loss=0.71, alpha=0.5)
+    histories = [few, many, zero, falling, other, alpha]
+    result = run("evaluate", *args, trained.model, "--history", *histories)
+    few, many, zero, falling = result.json["curves"]
+    for name in ("other", "alpha"):  # trained again and interrupted
+        assert f"no training curves: {tmp_path / name / 'history.csv'} is of another run" in result.err
+    assert falling["words"].endswith("30.01); the loss on val was still falling: train longer (--epochs).")
     assert few["gap_ci95"] == pytest.approx([-0.0289, 0.1460], abs=1e-4) and few["gap"] == pytest.approx(0.05)
     assert "a gap of 5.00 points (95% interval -2.89 to 14.60): this can be chance; the loss" in few["words"]
     assert many["gap_ci95"][0] > 0 and "it overfits; the loss" in many["words"]

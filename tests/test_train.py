@@ -697,7 +697,11 @@ def test_tune_chooses_the_best_configuration_on_val(run, similar_tree, tmp_path)
     """tune.csv has every configuration; that of the command line gets the result of a training alone."""
     args = ["--data", similar_tree, "--epochs", 4, "--lr", 0.01, *SMALL]
     alone = run("train", *args, "--out", tmp_path / "alone").json
-    tuned = run("train", *args, "--out", tmp_path / "tuned", "--tune", 12).json
+    result = run("train", *args, "--out", tmp_path / "tuned", "--tune", 12)
+    tuned, log = result.json, result.err
+    assert "val has only 90 images: accuracy 100% means 96% or more" in log
+    assert "val has too few images (90) to tell the best from the others: its accuracy is" in log
+    assert "edge of the range" not in log
     rows = read_csv(tmp_path / "tuned" / "tune.csv")
     assert len(rows) == 12 and not any("test" in name for name in rows[0])
     (winner,) = [row for row in rows if row["winner"] == "1"]
@@ -721,6 +725,9 @@ def test_diverging_configuration_is_just_the_worst(run, similar_tree, tmp_path):
     rows = read_csv(tmp_path / "out" / "tune.csv")
     finite = [math.isfinite(float(row["val_loss"])) for row in rows]
     assert not all(finite) and finite[[row["winner"] for row in rows].index("1")]
+    args[3], args[5] = 1e-7, 12  # the largest is still too small
+    result = run("train", "--data", similar_tree, "--out", tmp_path / "slow", *args)
+    assert "the best lies at the edge of the range of --lr" in result.err
 
 
 def test_seeds_are_like_single_runs(run, similar_tree, random_weights, tmp_path):
