@@ -897,11 +897,26 @@ def test_wrong_scenes(classify, mosaic, images, tmp_path, monkeypatch):
     assert not (tmp_path / "map").exists()
 
 
+def oklab(linear):
+    """Return colors, linear RGB [N, 3], in OKLab (Ottosson, 2020), where equal distances look equal."""
+    to_cones = torch.tensor([[0.41222, 0.53633, 0.05145], [0.2119, 0.68070, 0.1074], [0.0883, 0.28172, 0.62998]])
+    to_lab = torch.tensor([[0.21045, 0.79362, -0.00407], [1.978, -2.42859, 0.45059], [0.0259, 0.78277, -0.80868]])
+    return (linear @ to_cones.T).clamp(min=0) ** (1 / 3) @ to_lab.T
+
+
 def test_colors_of_classes_are_distinct():
     colors = [predict.pick_color(index) for index in range(200)]
     assert len(set(colors)) == 200 and all(0 <= part <= 255 for color in colors for part in color)
-    first = [*colors[:10], predict.GRAY]
-    assert min(sum(abs(a - b) for a, b in zip(x, y)) for x in first for y in first if x != y) > 100
+    strongest = [max("rgb", key=dict(zip("rgb", color)).get) for color in colors]
+    assert [strongest[index] for index in (1, 5, 7, 8, 9)] == list("ggrbb")  # Forest, Pasture, Residential, water
+    assert max(colors[3]) < 64  # Highway is as dark as asphalt
+    blended = torch.tensor([*colors[:10], predict.GRAY]) * 0.6 / 255 + 0.4 * 128 / 255
+    linear = ((blended + 0.055) / 1.055) ** 2.4
+    red_blind = [[0.15229, 1.05258, -0.20487], [0.1145, 0.78628, 0.09922], [-0.00388, -0.04812, 1.052]]
+    green_blind = [[0.36732, 0.86065, -0.22797], [0.28009, 0.6725, 0.04741], [-0.01182, 0.04294, 0.96888]]
+    for vision in (torch.eye(3).tolist(), red_blind, green_blind):
+        seen = oklab((linear @ torch.tensor(vision).T).clamp(0, 1))
+        assert torch.nn.functional.pdist(seen).min() > 0.09
 
 
 def test_a_legend_ends_with_the_sum_of_the_smallest_classes(monkeypatch):
