@@ -557,17 +557,19 @@ def test_pt2_needs_nothing_but_torch(classify, images, tmp_path):
     assert report["images"] == 3 and report["max_difference"] < 1e-3
     pixels = torch.stack([functional.pil_to_tensor(Image.open(file)) for file in sorted(images.glob("*.png"))])
     torch.save(pixels, tmp_path / "pixels.pt")
-    code = """if 1:
-        import json, sys, torch
-        sys.modules["torchvision"] = None
-        extra = {"metadata.json": ""}
-        model = torch.export.load("model.pt2", extra_files=extra).module()
-        classes = json.loads(extra["metadata.json"])["classes"]
-        probabilities = model(torch.load("pixels.pt"))
-        print(json.dumps([dict(zip(classes, row)) for row in probabilities.tolist()]))
-        assert model(torch.zeros(1, 3, 50, 20, dtype=torch.uint8)).shape == (1, len(classes))"""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = [block for block in blocks if "torch.export.load" in block]
+    example = "torch.zeros(1, 3, 64, 64, dtype=torch.uint8)"
+    assert example in code
+    code = f"""import sys; sys.modules["torchvision"] = None
+{code.replace(example, 'torch.load("pixels.pt")')}
+classes = json.loads(extra["metadata.json"])["classes"]
+print(json.dumps([dict(zip(classes, row)) for row in model(images).tolist()]))
+assert model(torch.zeros(1, 3, 50, 20, dtype=torch.uint8)).shape == (1, len(classes))"""
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    for found, record in zip(json.loads(result.stdout), records(classify(*sorted(images.glob("*.png"))).out)):
+    for found, record in zip(
+        json.loads(result.stdout.splitlines()[-1]), records(classify(*sorted(images.glob("*.png"))).out)
+    ):
         assert found[record["class"]] == pytest.approx(float(record["probability"]), abs=0.01)  # that is in bf16
 
 
@@ -967,24 +969,6 @@ def test_map_of_real_tiles(run, classify, tmp_path):
 
 
 # ---------------------------------------------------------------- use without this program
-
-
-def test_the_readmes_five_lines_load_a_checkpoint(trained, classify, tree, tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    (code,) = [block for block in blocks if "get_model" in block]
-    lines = [line for line in code.splitlines() if line and not re.match("import|from", line)]
-    assert len(lines) == 5 and not re.search("common|predict|train", code)
-    image = tree / "test" / "green" / "green 3.png"
-    (tmp_path / "runs" / "eurosat").mkdir(parents=True)
-    (tmp_path / "runs" / "eurosat" / "model.pt").write_bytes(trained.model.read_bytes())
-    Image.open(image).save(tmp_path / "tile.png")
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(code.replace("tile.jpg", "tile.png"), names)
-    (row,) = records(classify(image, "--precision", "fp32").out)
-    probability, index = names["probabilities"].max(1)
-    assert names["checkpoint"]["classes"][index] == row["class"]
-    assert probability.item() == pytest.approx(float(row["probability"]), abs=1e-4)
 
 
 # ---------------------------------------------------------------- images of another kind
