@@ -313,23 +313,15 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 
 def default_cache() -> Path | None:
-    """Return the default of --cache, in the user's cache folder; None if only a folder that others can write is left.
-
-    The cache of a user without a home, as in some containers, is among the temporary files of all: others may have made
-    its folder before, to plant features.
-    """
+    """Return the default of --cache, in the user's cache folder; None if others can write the only one left."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # there is no home
-        user = os.getuid() if hasattr(os, "getuid") else 0
-        base = Path(tempfile.gettempdir(), f"transfer-learning-{user}")
-        try:
-            base.mkdir(mode=0o700, exist_ok=True)
-            status = base.lstat()
-        except OSError:
-            return None
-        if (status.st_uid, status.st_mode & ~0o7700) != (user, stat.S_IFDIR):
-            return None
+    except RuntimeError:  # without a home, as in some containers: among the temporary files of all users
+        base = Path(tempfile.gettempdir(), f"transfer-learning-{(user := getattr(os, 'getuid', int)())}")
+        with contextlib.suppress(OSError):
+            base.mkdir(mode=0o700)
+        if not base.exists() or (base.lstat().st_uid, base.lstat().st_mode & ~0o7700) != (user, stat.S_IFDIR):
+            return None  # somebody else may have made it, to plant features
     return base / "transfer-learning" / "features"
 
 
@@ -636,10 +628,9 @@ def digest_of(value: object) -> str:
 # ---------------------------------------------------------------- images
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # below its limit, an image is just large
-# Pillow's names of the formats that are read, whatever a file is called; JPEG includes MPO, as from phones, and PPM the
-# other portable bitmaps. Their plugins are imported above, because Pillow would import all that it has to find one.
+# The formats that are read, whatever a file is called; JPEG includes MPO, as from phones, and PPM the other portable
+# bitmaps. Their plugins are imported above, because Pillow would import all that it has to find one.
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM")
-# What files of these formats are called, which is more than torchvision's ImageFolder lists.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".tif", ".tiff", ".webp", ".bmp")
 IMAGE_EXTENSIONS += (".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
 LARGE_IMAGE = 25_000_000  # pixels; an image takes up to 12 bytes a pixel until it is resized
@@ -674,10 +665,7 @@ class Split:
 
 
 def open_image(file: str | Path | IO[bytes]) -> Image.Image:
-    """Open an image file with Pillow, without reading its pixels.
-
-    Only IMAGE_FORMATS are tried: Pillow decides by the content, and would start Ghostscript for PostScript.
-    """
+    """Open an image file, of IMAGE_FORMATS only: Pillow decides by the content, and runs Ghostscript for PostScript."""
     return Image.open(file, formats=IMAGE_FORMATS)
 
 
@@ -717,18 +705,8 @@ def read_image(path: str | Path, size: int | None = None, content: bytes | None 
     except UnidentifiedImageError:
         raise ImageError(path, "not a JPEG, PNG, TIFF, WebP, BMP, PPM or PGM file") from None
     except (
-        *(
-            OSError,
-            SyntaxError,
-            ValueError,
-            TypeError,
-            LookupError,
-            ArithmeticError,
-            EOFError,
-            MemoryError,
-            RuntimeError,
-        ),
-        *(struct.error, zlib.error, Image.DecompressionBombError),
+        *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, MemoryError),
+        *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
     ) as error:  # what Pillow's decoders raise for broken files
         reason = str(error).replace(repr(str(path)), "").replace(str(path), "").strip() or type(error).__name__
         raise ImageError(path, getattr(error, "strerror", None) or reason) from None
@@ -1164,14 +1142,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
     CUDA, MPS, cuDNN, cuBLAS and the CPU have their own errors for that, and so has a library that cannot be loaded.
     """
-    words = (
-        "out of memory",
-        "alloc_failed",
-        "not enough memory",
-        "allocate memory",
-        "bad_alloc",
-        "failed to map segment",
-    )
+    words = ("out of memory", "alloc_failed", "not enough memory", "allocate memory", "bad_alloc", "map segment")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
@@ -1670,10 +1641,7 @@ def read_cached_features(
 def compute_features(
     model: InferenceModel, requests: Sequence[FeatureRequest], missing: list[MissingBatch], workers: int | None
 ) -> Iterator[tuple[MissingBatch, torch.Tensor]]:
-    """Read the missing images and run them through the backbone: yield features [views, B, D] on the model's device.
-
-    Short batches are filled up: the last bits depend on the size of a batch, and must not on what the cache knows.
-    """
+    """Read the missing images and run them through the backbone: yield features [views, B, D] on the model's device."""
 
     def images(batch: MissingBatch) -> list[tuple[str, str]]:
         split = requests[batch.request].split
@@ -1683,6 +1651,7 @@ def compute_features(
     for batch, read_batch in zip(missing, read):
         views = [requests[batch.request].views[number] for number in batch.views]
         pixels = read_batch.complete_pixels()
+        # The last bits depend on the size of a batch, and must not depend on what the cache knows.
         filled = torch.cat([pixels, pixels.new_zeros(-len(pixels) % model.batch_size, *pixels.shape[1:])])
         yield batch, model.forward_views(filled, views)[:, : len(pixels)].to(model.dtype)
 
@@ -1806,9 +1775,9 @@ class FeatureCache:
                     os.utime(file)  # `prune` removes what was not used for longest
                 content = torch.load(file, mmap=True, weights_only=True)
                 hashes, features = content["hashes"], content["features"]
-                if is_dense(features) and features.is_floating_point() and len(features) == len(hashes):
-                    if all(isinstance(sha256, str) for sha256 in hashes):
-                        return content
+                is_usable = is_dense(features) and features.is_floating_point() and len(features) == len(hashes)
+                if is_usable and all(isinstance(sha256, str) for sha256 in hashes):
+                    return content
             elif len(file.stem) == 64:
                 file.unlink()
             log(f"warning: ignored {file}: damaged, or not written by this program")
@@ -2110,8 +2079,8 @@ def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path: str 
 
 def is_dense(value: Any) -> bool:
     """Return whether a value from a file is an ordinary tensor: dense, not nested, on the CPU."""
-    is_strided = torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu"
-    return is_strided and not value.is_nested
+    is_tensor = torch.is_tensor(value) and not value.is_nested
+    return is_tensor and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def update_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], assign: bool = False) -> None:

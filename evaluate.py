@@ -355,9 +355,8 @@ class Predictions:
         self.confidence, self.predicted = calibrated.exp().max(1)  # the probability of the most probable class, and it
         self.correct = self.predicted == targets
         # The number of images for each [true class, predicted class], sparse: with 10,000 classes nearly all are zero.
-        cells, shape = torch.stack([targets, self.predicted]), (calibrated.shape[1],) * 2
-        ones = torch.ones_like(targets)
-        self.confusion = torch.sparse_coo_tensor(cells, ones, shape, check_invariants=True).coalesce()
+        cells = torch.stack([targets, self.predicted]), torch.ones_like(targets), (calibrated.shape[1],) * 2
+        self.confusion = torch.sparse_coo_tensor(*cells, check_invariants=True).coalesce()
 
 
 def classify(
@@ -595,12 +594,9 @@ def coverage(confidence: torch.Tensor, correct: torch.Tensor) -> list[dict[str, 
 
 def confused_pairs(confusion: torch.Tensor, classes: list[str], limit: int = 10) -> list[dict[str, Any]]:
     """Return the most frequent pairs of a true class and another, predicted class, with their number of images."""
-    support, cells = (
-        confusion.sum(1).to_dense().tolist(),
-        zip(*confusion.indices().tolist(), confusion.values().tolist()),
-    )
+    cells = zip(*confusion.indices().tolist(), confusion.values().tolist())
+    support, keys = confusion.sum(1).to_dense().tolist(), ("true", "predicted", "n", "support")
     wrong = sorted((cell for cell in cells if cell[0] != cell[1]), key=lambda cell: -cell[2])[:limit]
-    keys = ("true", "predicted", "n", "support")
     return [dict(zip(keys, (classes[true], classes[predicted], n, support[true]))) for true, predicted, n in wrong]
 
 
