@@ -56,6 +56,9 @@ CLASS_HEADINGS = ("class", "label", "category")
 UNPACK_RATIO, UNPACK_MINIMUM = 20, 1 << 30
 
 
+MAX_UNDECLARED = 1 << 34  # bytes of a download whose length its server does not declare
+SLOW_SECONDS = 60  # a download ends if it is slower than 1 KiB/s for so long
+MAX_TAR_HEADER = 1 << 20  # bytes that a tar may have for the name and attributes of an entry
 @dataclass(eq=False)
 class Record:
     """An image of the source, or of the tree that exists at OUT; or, with a reason, another thing that is left out."""
@@ -382,16 +385,18 @@ def unpack(source: Path, folder: Path) -> Contents:
         for name, is_folder, size, open_entry in archive_entries(source):
             path = PurePosixPath(name)
             hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-            if is_folder or hidden or not is_image_name(path.name):
+            left_out = is_folder or hidden or not is_image_name(path.name)
+            # The size is as declared: no more than that is ever read. Each entry takes some memory.
+            room -= 1024 if left_out else max(size, 1024)
+            if room < 0:
+                advice = "if you trust it, unpack it yourself and pass the folder"
+                raise UserError(f"{source} would unpack to more than {UNPACK_RATIO} times its size: refused; {advice}")
+            if left_out:
                 if not is_folder:
                     contents.others["" if hidden else path.suffix.lower()] += 1
                 if not hidden:
                     contents.folders.add(path if is_folder else path.parent)
                 continue
-            room -= size  # as declared: no more than that is ever read
-            if room < 0:
-                advice = "if you trust it, unpack it yourself and pass the folder"
-                raise UserError(f"{source} would unpack to more than {UNPACK_RATIO} times its size: refused; {advice}")
             target = f"{folder}{os.sep}{len(contents.images)}{path.suffix}"
             with open_entry() as stream, open(target, "wb") as file:
                 shutil.copyfileobj(stream, file)
@@ -429,18 +434,33 @@ def archive_entries(source: Path) -> Iterator[tuple[str, bool, int, Callable[[],
                         name = name.encode("cp437").decode("utf-8")
                 check_entry(source, name, is_link=info.external_attr >> 28 == 0o12)
                 yield name, info.is_dir(), info.file_size, functools.partial(archive.open, info)
-    elif tarfile.is_tarfile(source):
-        with tarfile.open(source) as archive:
-            for info in archive:
-                check_entry(source, info.name, is_link=not (info.isreg() or info.isdir()))
-                yield info.name, info.isdir(), info.size, functools.partial(archive.extractfile, info)
-            # tarfile takes a damaged header for the end of the archive, after which there are only zeros.
-            archive.fileobj.seek(archive.offset)
-            while block := archive.fileobj.read(1 << 20):
-                if block.strip(b"\0"):
-                    raise tarfile.ReadError("damaged header")
-    else:
-        raise UserError(f"{source} is not a folder, zip or tar that can be read; is it damaged?")
+        return
+    try:
+        archive = tarfile.open(source, tarinfo=SmallTarInfo)
+    except tarfile.ReadError:
+        raise UserError(f"{source} is not a folder, zip or tar that can be read; is it damaged?") from None
+    with archive:
+        for info in archive:
+            archive.members = []  # tarfile would remember them all
+            check_entry(source, info.name, is_link=not (info.isreg() or info.isdir()))
+            yield info.name, info.isdir(), info.size, functools.partial(archive.extractfile, info)
+        # tarfile takes a damaged header for the end of the archive, after which there are only zeros.
+        archive.fileobj.seek(archive.offset)
+        while block := archive.fileobj.read(1 << 20):
+            if block.strip(b"\0"):
+                raise tarfile.ReadError("damaged header")
+
+
+class SmallTarInfo(tarfile.TarInfo):
+    """An entry of a tar, of which tarfile reads all but the content into memory: refused if that is large."""
+
+    @classmethod
+    def frombuf(cls, *args: object) -> tarfile.TarInfo:
+        info = super().frombuf(*args)
+        is_content = info.type in tarfile.REGULAR_TYPES and info.type != tarfile.GNUTYPE_SPARSE
+        if not is_content and info.size > MAX_TAR_HEADER:
+            raise UserError(f"refused, because a header of the archive takes {info.size} bytes")
+        return info
 
 
 def check_entry(source: Path, name: str, is_link: bool) -> None:

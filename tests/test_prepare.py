@@ -656,6 +656,11 @@ def test_links_bombs_and_damaged_archives_are_refused(prepare, source, tmp_path)
     refuse("bomb.zip", "times its size")
     complete = pack(source, tmp_path / "complete.zip").read_bytes()
     (tmp_path / "cut.zip").write_bytes(complete[: len(complete) // 2])
+    with tarfile.open(tmp_path / "header.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as file:
+        info = tarfile.TarInfo("red/header.png")
+        info.pax_headers = {"comment": "x" * (2 << 20)}
+        file.addfile(info)
+    refuse("header.tar.gz", "a header of the archive takes 2")
     refuse("cut.zip", "damaged")
     (tmp_path / "flip.zip").write_bytes(complete[:400] + b"\x55" * 8 + complete[408:])
     refuse("flip.zip", "damaged")
