@@ -692,15 +692,18 @@ def read_labels(file: Path) -> list[tuple[str, str, str | None]]:
 def check_images(records: list[Record]) -> list[Record]:
     """Hash and decode all images, in threads. Returns each record with its sha256, or why it is left out."""
     chunks = [records[i : i + 20] for i in range(0, len(records), 20)]
-    checked = []
-    with (  # closing: an interrupt cancels the chunks that have not started
-        Progress("check", len(records), every=10) as progress,
-        ThreadPoolExecutor(os.cpu_count()) as executor,
-        contextlib.closing(executor.map(lambda chunk: list(map(check_image, chunk)), chunks)) as results,
-    ):
-        for chunk in results:
-            checked += chunk
-            progress.update(len(chunk))
+    checked, ended = [], []
+
+    def check_chunk(chunk: list[Record]) -> list[Record]:
+        return [check_image(record) for record in chunk if not ended]
+
+    with Progress("check", len(records), every=10) as progress, ThreadPoolExecutor(os.cpu_count()) as executor:
+        try:
+            for chunk in executor.map(check_chunk, chunks):
+                checked += chunk
+                progress.update(len(chunk))
+        finally:
+            ended.append(True)  # an interrupt waits only for the images that are being read
     return checked
 
 
