@@ -344,15 +344,25 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         text = {} if "b" in mode else {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-        with open(temporary, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:  # the error of a full disk has no file name
-        raise OSError(error.errno, error.strerror, str(error.filename or path)) from None
+        with name_errors(path):
+            with open(temporary, mode, **text) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def name_errors(path: str | Path) -> Iterator[None]:
+    """Name a file or folder in an OSError of the block that names none, as that of a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or not error.errno:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def csv_writer(file: IO[str]) -> Any:

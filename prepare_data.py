@@ -25,6 +25,8 @@ import re
 import shutil
 import sys
 import tarfile
+import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,8 +40,8 @@ from PIL import Image, ImageOps
 
 from common import SPLITS
 from common import ImageError, Progress, UserError
-from common import atomic_write, command, fraction, hash_file, hold_lock, is_image_name, log, make_parser, one_line
-from common import positive_int, read_content, read_image, seed_number, walk_folders, write_csv
+from common import atomic_write, command, fraction, hash_file, hash_images, hold_lock, is_image_name, log, make_parser
+from common import name_errors, one_line, positive_int, read_content, read_image, seed_number, walk_folders, write_csv
 
 # The address and checksum that torchvision's datasets.EuroSAT uses.
 EUROSAT_URL = (
@@ -54,11 +56,11 @@ PATH_HEADINGS = ("path", "file", "filename", "file_name", "filepath", "image", "
 CLASS_HEADINGS = ("class", "label", "category")
 # An archive may unpack to this many times its own size, and always to the minimum. Images hardly compress.
 UNPACK_RATIO, UNPACK_MINIMUM = 20, 1 << 30
-
-
 MAX_UNDECLARED = 1 << 34  # bytes of a download whose length its server does not declare
 SLOW_SECONDS = 60  # a download ends if it is slower than 1 KiB/s for so long
 MAX_TAR_HEADER = 1 << 20  # bytes that a tar may have for the name and attributes of an entry
+
+
 @dataclass(eq=False)
 class Record:
     """An image of the source, or of the tree that exists at OUT; or, with a reason, another thing that is left out."""
@@ -166,37 +168,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args.out.resolve()
     staging, old, lock = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old", "lock"))
     result = {"out": str(args.out), "changed": False, "dry_run": args.dry_run}
-    with hold_lock(lock):
-        recover(out, staging, old)
-        request = describe_request(args)
-        if not args.dry_run and is_complete(args.out, request, args.force, args.update):
+    request = describe_request(args)
+    with contextlib.ExitStack() as stack:
+        if args.dry_run:
+            staging = Path(stack.enter_context(tempfile.TemporaryDirectory()), "tree")
+        complete = not args.dry_run and is_complete(args.out, request, args.force, args.update)
+        if not complete and (args.url or not args.dry_run):  # all others need no folder that can be written
+            stack.enter_context(hold_lock(lock))
+        if not complete and not args.dry_run:
+            recover(out, staging, old)
+            complete = is_complete(args.out, request, args.force, args.update)
+        if complete:
             log(f"{args.out} is complete, nothing to do")
             records = read_splits_csv(out / "splits.csv")
             print(json.dumps(result | summarize(records) | {"not_images": None, "rejected": None}))
             return
         source = args.source
         if args.url:
-            source = download(args.url, "sha256" if args.sha256 else "md5", args.sha256 or args.md5, out.parent)
-        try:
-            staging.mkdir()
-            if args.synthetic:
-                contents = draw_textures(staging / "files", args.per_class or 100, args.seed)
-            else:
-                contents = list_folder(source) if source.is_dir() else unpack(source, staging / "files")
-            show_other_files(contents.others)
-            found = label_images(contents, args.labels) if args.labels else find_classes(contents, source)
-            checked = check_images(found)
-            tree = read_splits_csv(out / "splits.csv") if args.update and (out / "splits.csv").is_file() else []
-            rejected = reject_records(args, checked, tree)
-            records = choose_records(args, checked, tree)
-            if args.dry_run:
-                show_images(records)
-            elif not all(record.in_tree for record in records):
-                build_tree(records, rejected, request, args.link, staging)
-                replace_tree(staging, out, old)
-                result["changed"] = True
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            source = download(args.url, "sha256" if args.sha256 else "md5", args.sha256 or args.md5, out)
+        stack.callback(remove_staging, staging)
+        stack.enter_context(name_errors(staging))
+        staging.mkdir()
+        (staging / REQUEST_FILE).touch()
+        if args.synthetic:
+            contents = draw_textures(staging / "files", args.per_class or 100, args.seed)
+        else:
+            contents = list_folder(source) if source.is_dir() else unpack(source, staging / "files")
+        show_other_files(contents.others)
+        found = label_images(contents, args.labels) if args.labels else find_classes(contents, source)
+        checked = check_images(found)
+        tree = read_tree(out, verify=True) if args.update and (out / "splits.csv").is_file() else []
+        rejected = reject_records(args, checked, tree)
+        records = choose_records(args, checked, tree)
+        if args.dry_run:
+            show_images(records)
+        elif not all(record.in_tree for record in records):
+            build_tree(records, rejected, request, args.link, staging)
+            replace_tree(staging, out, old)
+            result["changed"] = True
     result |= summarize(records) | {"not_images": contents.others.total(), "rejected": len(rejected)}
     show_counts(result["counts"])
     if rejected:
@@ -209,10 +218,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def recover(out: Path, staging: Path, old: Path) -> None:
-    """Clean up after a killed run. If it was killed between the two renames of `replace_tree`, restore the old tree."""
+    """Clean up after a killed run. If it was killed between the two renames of `replace_tree`, restore the old tree.
+
+    Raises UserError for anything else that has one of these names.
+    """
+    for folder in (staging, old):
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if it is empty
+        if folder.is_symlink() or (folder.exists() and not (folder / REQUEST_FILE).is_file()):
+            raise UserError(f"{folder} is in the way, and not of this program; rename it, or choose another --out")
     if old.exists() and not out.exists():
         old.rename(out)
-    shutil.rmtree(staging, ignore_errors=True)
+    remove_staging(staging)
     remove_old(old, staging)
 
 
@@ -220,7 +237,15 @@ def remove_old(old: Path, staging: Path) -> None:
     """Remove a replaced tree, under the name `staging`, so that a tree with the name `old` is always complete."""
     if old.exists():
         old.rename(staging)
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_staging(staging)
+
+
+def remove_staging(staging: Path) -> None:
+    """Remove an incomplete or replaced tree, and at the very end the file by which `recover` knows it."""
+    for path in staging.iterdir() if staging.exists() else ():
+        if path.name != REQUEST_FILE:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def describe_request(args: argparse.Namespace) -> dict:
@@ -281,9 +306,20 @@ def is_complete(out: Path, request: dict, force: bool, update: bool) -> bool:
             advice = f"add the new images with --update, {advice}"
         reason = details or "the source has changed since"
         raise UserError(f"{out} exists, but was made from another request ({reason}); {advice}")
-    if missing := [row.path for row in read_splits_csv(out / "splits.csv") if not os.path.exists(row.file)]:
-        raise UserError(f"{len(missing)} images of {out} are missing ({some(missing, 1)}); make it again with --force")
+    read_tree(out)
     return True
+
+
+def read_tree(out: Path, verify: bool = False) -> list[Record]:
+    """Return the images of the tree at OUT. Raises UserError if any is missing or, with `verify`, has changed."""
+    tree = read_splits_csv(out / "splits.csv")
+    lost, what = [row.path for row in tree if not os.path.isfile(row.file)], "are missing"
+    if verify and not lost:
+        hashes = hash_images([row.file for row in tree])
+        lost, what = [row.path for row, sha256 in zip(tree, hashes) if row.sha256 != sha256], "have changed"
+    if lost:
+        raise UserError(f"{len(lost)} images of {out} {what} ({some(lost, 1)}); make it again with --force")
+    return tree
 
 
 def read_splits_csv(path: Path) -> list[Record]:
@@ -294,7 +330,8 @@ def read_splits_csv(path: Path) -> list[Record]:
             for row in csv.DictReader(file):
                 place, class_name, split, sha256 = (row[key] or "" for key in ("path", "class", "split", "sha256"))
                 parts, file_name = PurePosixPath(place).parts, f"{path.parent}/{place}"
-                if not parts or ".." in parts or not is_class_name(class_name) or split not in SPLITS or not sha256:
+                inside = file_name == os.path.join(path.parent, *parts) and ".." not in parts
+                if not inside or not is_class_name(class_name) or split not in SPLITS or not sha256:
                     raise ValueError("not a row that this program writes")
                 record = Record(place, file_name, class_name, parts[-1], split, sha256, in_tree=True)
                 record.group = row.get("group")
@@ -308,12 +345,20 @@ def read_splits_csv(path: Path) -> list[Record]:
 # ---------------------------------------------------------------- source -> files
 
 
-def download(url: str, algorithm: str, checksum: str, folder: Path) -> Path:
-    """Download an archive into a folder, unless it is there already. Raises UserError for a wrong checksum."""
+def download(url: str, algorithm: str, checksum: str, out: Path) -> Path:
+    """Download an archive into the folder of OUT, unless it is there already.
+
+    Raises UserError for a wrong checksum, and for a name that is that of OUT.
+    """
     import urllib.parse
 
-    archive = folder / (PurePosixPath(urllib.parse.urlsplit(url).path).name or "download")
-    partial = archive.with_name(f"{archive.name}.part")
+    try:
+        name = PurePosixPath(urllib.parse.urlsplit(url).path).name.lstrip(".") or "download"
+    except ValueError as error:
+        raise UserError(f"--url {url}: {error}") from None
+    archive, partial = out.with_name(name), out.with_name(f"{name}.part")
+    if out.name.casefold() in (archive.name.casefold(), partial.name.casefold()):
+        raise UserError(f"--out {out} would be in the way of the download {archive}; choose another --out")
     advice = "download it elsewhere and pass it with --source FILE, or draw a demonstration set with --synthetic"
     if archive.exists():
         if hash_file(archive, algorithm) != checksum:
@@ -322,20 +367,29 @@ def download(url: str, algorithm: str, checksum: str, folder: Path) -> Path:
         log(f"using {archive}, which was downloaded before")
         return archive
     try:
-        fetch(url, partial)
+        with name_errors(partial):
+            is_whole = fetch(url, partial)
     except (OSError, ValueError, http.client.HTTPException) as error:
         if partial.exists() and not partial.stat().st_size:
             partial.unlink()
+        elif partial.exists():
+            advice = f"run the same command again to continue, or {advice}"
         raise UserError(f"cannot download {url}: {one_line(error)}; {advice}") from None
     if (found := hash_file(partial, algorithm)) != checksum:
+        if not is_whole:
+            size = f"{partial.stat().st_size} bytes with {algorithm} {found}, not {checksum}"
+            raise UserError(f"{url} ended after {size}; run the same command again to continue, if it was cut")
         partial.unlink()
         raise UserError(f"{url} has {algorithm} {found}, not {checksum}: the download was removed; {advice}")
     partial.replace(archive)
     return archive
 
 
-def fetch(url: str, path: Path) -> None:
-    """Download a file. If a part of it is there and the server supports ranges, only the rest is downloaded."""
+def fetch(url: str, path: Path) -> bool:
+    """Download a file. If a part of it is there and the server supports ranges, only the rest is downloaded.
+
+    Returns whether it is known to be whole: a server that does not declare the length may have been cut off.
+    """
     import urllib.error
     import urllib.request  # takes longer to import than everything that --help needs
 
@@ -345,20 +399,29 @@ def fetch(url: str, path: Path) -> None:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the requested range is empty: the file is complete
-            return
+            return True
         raise
     with response:
         if response.status != 206:  # not a partial response: the file from its beginning
             present = 0
-        total = present + int(response.headers.get("Content-Length") or 0)
+        length = response.headers.get("Content-Length")
+        total = present + int(length or 0)
+        size, since, before = present, time.monotonic(), present
         progress = Progress(f"download {path.stem}", total >> 10, "KiB", every=10)
         with open(path, "ab" if present else "wb") as file, progress:
-            progress.update(present >> 10)
-            while block := response.read(1 << 18):
+            while block := response.read1(1 << 18):  # what has arrived
+                size += len(block)
+                if size > (total if length else MAX_UNDECLARED):
+                    raise OSError(f"more than {total if length else MAX_UNDECLARED} bytes arrive")
                 file.write(block)
-                progress.update(len(block) >> 10)
-    if (size := path.stat().st_size) < total:
-        raise OSError(f"the connection ended after {size} of {total} bytes; run the same command again to continue")
+                progress.update((size >> 10) - progress.done)
+                if time.monotonic() - since > SLOW_SECONDS:
+                    if size - before < 1024 * SLOW_SECONDS:
+                        raise OSError(f"less than 1 KiB/s arrived for {SLOW_SECONDS} seconds")
+                    since, before = time.monotonic(), size
+    if size < total:
+        raise OSError(f"the connection ended after {size} of {total} bytes")
+    return bool(length) or size == present
 
 
 def list_folder(source: Path) -> Contents:
@@ -1045,7 +1108,10 @@ def replace_tree(staging: Path, out: Path, old: Path) -> None:
     """Rename the complete tree to OUT, after the old one is moved away. If the run is killed, `recover` cleans up."""
     if hasattr(os, "sync"):
         os.sync()  # the names must not reach the disk before the contents
+    with contextlib.suppress(OSError):
+        out.rmdir()  # if it is empty
     if out.exists():
+        (out / REQUEST_FILE).touch()  # which trees of early versions lack
         out.rename(old)
     staging.rename(out)
     remove_old(old, staging)

@@ -5,8 +5,10 @@ import http.server
 import inspect
 import io
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, make_tree, read_csv, real, tile
+from conftest import ROOT, command, make_tree, read_csv, real, stamps, tile
 from PIL import Image
 
 import prepare_data
@@ -654,13 +656,13 @@ def test_links_bombs_and_damaged_archives_are_refused(prepare, source, tmp_path)
             for _ in range(1030):
                 file.write(bytes(1 << 20))
     refuse("bomb.zip", "times its size")
-    complete = pack(source, tmp_path / "complete.zip").read_bytes()
-    (tmp_path / "cut.zip").write_bytes(complete[: len(complete) // 2])
     with tarfile.open(tmp_path / "header.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as file:
         info = tarfile.TarInfo("red/header.png")
         info.pax_headers = {"comment": "x" * (2 << 20)}
         file.addfile(info)
     refuse("header.tar.gz", "a header of the archive takes 2")
+    complete = pack(source, tmp_path / "complete.zip").read_bytes()
+    (tmp_path / "cut.zip").write_bytes(complete[: len(complete) // 2])
     refuse("cut.zip", "damaged")
     (tmp_path / "flip.zip").write_bytes(complete[:400] + b"\x55" * 8 + complete[408:])
     refuse("flip.zip", "damaged")
@@ -711,6 +713,41 @@ def test_force_replaces_only_a_tree_of_this_program(prepare, source, tmp_path):
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work" and len(list(source.rglob("*.png"))) == 60
 
 
+@pytest.mark.parametrize("name", [".out.partial", ".out.old"])
+def test_folders_of_others_beside_out_stay(prepare, source, tmp_path, name):
+    """Only what this program made is removed; a dry run removes nothing, and needs neither name."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("years of work")
+    args = ["--source", source, "--out", tmp_path / "out"]
+    message = prepare(*args, code=2).error[0]
+    assert str(tmp_path / name) in message and "rename it" in message
+    assert prepare(*args, "--dry-run").json["images"] == 60
+    prepare("--source", tmp_path / "none", *args[2:], "--dry-run", code=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, "source"]
+    assert (tmp_path / name / "thesis.tex").read_text() == "years of work"
+
+
+def test_download_with_the_name_of_out_is_refused(prepare, source, tmp_path):
+    (tmp_path / "d").mkdir()
+    url, folder = pack(source, tmp_path / "set").as_uri(), tmp_path / "d"
+    args = ["--url", url, "--sha256", hash_file(tmp_path / "set")]
+    for out in ("set", "Set.part"):
+        assert "choose another --out" in prepare(*args, "--out", folder / out, code=2).error[0]
+        assert not list(folder.iterdir())
+
+
+def test_runs_that_write_nothing_need_no_folder_to_write(prepare, source, tmp_path, monkeypatch):
+    """With nothing to do, or in a dry run; also while another run works on the same tree."""
+    archive = pack(source, tmp_path / "s.zip")
+    args = ["--source", archive, "--out", tmp_path / "d" / "out"]
+    prepare(*args)
+    before = stamps(tmp_path)
+    monkeypatch.setattr(prepare_data, "hold_lock", lambda path: pytest.fail("takes a lock"))
+    assert prepare(*args).json["changed"] is False
+    assert prepare(*args, "--force", "--val", 0.5, "--dry-run").json["val"] == 30
+    assert stamps(tmp_path) == before
+
+
 def test_parent_folders_and_links(prepare, source, tmp_path):
     """An empty folder of the user stays, and an OUT that is a link stays a link."""
     (tmp_path / "mine").mkdir()
@@ -755,6 +792,40 @@ def test_update_keeps_the_split_of_every_image(prepare, source, tmp_path):
     tile((90, 0, 0), "edited").save(source / "red" / "red 1.png")
     assert "red 1.png" in prepare(*args, "--update", code=2).error[0]
     assert split_by_content(out) == after
+
+
+def test_update_of_a_tree_that_has_changed(prepare, source, tmp_path):
+    """It keeps only the images that it made, and only those inside of the tree."""
+    out, args = tmp_path / "out", ["--source", source, "--out", tmp_path / "out", "--update"]
+    prepare(*args)
+    tile((9, 9, 9), "new").save(source / "red" / "new.png")
+    table, path = (out / "splits.csv").read_text(), out / rows(out)[0]["path"]
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"?")
+    assert f"1 images of {out} have changed ({rows(out)[0]['path']})" in prepare(*args, code=2).error[0]
+    path.write_bytes(content)
+    (tmp_path / "secret.png").write_bytes(content)
+    for place in (tmp_path / "secret.png", "test/../../secret.png", "test//../../secret.png", "/"):
+        (out / "splits.csv").write_text(table.replace(rows(out)[0]["path"], str(place)))
+        assert "not a splits.csv of this program" in prepare(*args, code=2).error[0]
+        (out / "splits.csv").write_text(table)
+    assert prepare(*args).json["images"] == 61
+
+
+def test_interrupt_waits_for_no_further_image(prepare, source, tmp_path, monkeypatch):
+    checked = []
+
+    def check_slowly(record):
+        checked.append(record)
+        if len(checked) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        return check_image(record)
+
+    check_image = prepare_data.check_image
+    monkeypatch.setattr(prepare_data, "check_image", check_slowly)
+    prepare("--source", source, "--out", tmp_path / "out", code=130)
+    assert len(checked) <= 2 * os.cpu_count() and not list(tmp_path.glob(".*"))
 
 
 def test_hard_links(prepare, source, tmp_path):
@@ -818,7 +889,8 @@ def serve():
     """Return a function: serve(content, fault) starts a Server of one file with a fault.
 
     "error 500": every request fails; "dropped": the first response ends halfway; "no ranges": the same, and the server
-    ignores Range headers.
+    ignores Range headers; "no length": the same as "dropped", and the server does not declare the length; "drips": a
+    byte every 10 ms.
     """
     servers = []
 
@@ -834,9 +906,13 @@ def serve():
                 if begin >= len(content):
                     return self.send_error(416)
                 self.send_response(206 if begin else 200)
-                self.send_header("Content-Length", str(len(content) - begin))
+                if fault != "no length":
+                    self.send_header("Content-Length", str(len(content) - begin))
                 self.end_headers()
-                halfway = fault in ("dropped", "no ranges") and len(ranges) == 1
+                for number in range(100 * (fault == "drips")):
+                    time.sleep(0.01)
+                    self.wfile.write(content[number : number + 1])
+                halfway = fault in ("dropped", "no ranges", "no length") and len(ranges) == 1
                 self.wfile.write(content[begin : (begin + len(content)) // 2 if halfway else len(content)])
 
             def log_message(self, *_):
@@ -852,20 +928,54 @@ def serve():
         server.shutdown()
 
 
-@pytest.mark.parametrize("fault", ["dropped", "no ranges"])
+@pytest.mark.parametrize("fault", ["dropped", "no ranges", "no length"])
 def test_interrupted_download_is_continued(prepare, source, tmp_path, serve, fault):
     content = pack(source, tmp_path / "set.zip").read_bytes()
     server, folder = serve(content, fault), tmp_path / "d"
     archive, partial = folder / "set.zip", folder / "set.zip.part"
     args = ["--url", server.url, "--sha256", hashlib.sha256(content).hexdigest(), "--out", folder / "out"]
     message = prepare(*args, code=2).error[0]
-    assert f"{len(content) // 2} of {len(content)} bytes" in message and not (folder / "out").exists()
+    assert f"after {len(content) // 2} " in message and "run the same command again" in message
+    assert not (folder / "out").exists()
     assert partial.stat().st_size == len(content) // 2
     assert prepare(*args).json["images"] == 60
     assert server.ranges == [None, f"bytes={len(content) // 2}-"]
     assert archive.read_bytes() == content and not partial.exists()
     archive.rename(partial)  # as if killed after the last byte, before it got its name
     prepare(*args, "--force")
+
+
+def test_downloads_without_end(prepare, source, tmp_path, serve, monkeypatch):
+    """A slow server, one that sends too much, and a device."""
+    content = pack(source, tmp_path / "set.zip").read_bytes()
+    args = ["--sha256", "0" * 64, "--out", tmp_path / "d" / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "SLOW_SECONDS", 0.1)
+        message = prepare("--url", serve(content, "drips").url, *args, code=2).error[0]
+    assert "less than 1 KiB/s" in message and "run the same command again to continue" in message
+    kept = (tmp_path / "d" / "set.zip.part").read_bytes()
+    assert 0 < len(kept) < 50 and content.startswith(kept)
+    shutil.rmtree(tmp_path / "d")
+    monkeypatch.setattr(prepare_data, "MAX_UNDECLARED", 1000)
+    for url, words in ((serve(content, "no length").url, "more than 1000 bytes"), ("file:///dev/zero", "more than 0")):
+        assert words in prepare("--url", url, *args, code=2).error[0]
+    assert "http://[::1/x.zip" in prepare("--url", "http://[::1/x.zip", *args, code=2).error[0]
+
+
+def test_full_disk_is_named(prepare, source, tmp_path):
+    """An error of a full disk names no file, neither when an archive is unpacked nor in a download."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    archive = pack(source, tmp_path / "set.zip")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "set.zip.part").symlink_to("/dev/full")
+    args = ["--url", archive.as_uri(), "--sha256", hash_file(archive), "--out", tmp_path / "d" / "out"]
+    message = prepare(*args, code=2).error[0]
+    assert "No space left" in message and "set.zip.part" in message
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", lambda *_: open("/dev/full", "wb", buffering=0).write(b"x"))
+        message = prepare("--source", archive, "--out", tmp_path / "out", code=2).error[0]
+    assert "No space left" in message and ".out.partial" in message
 
 
 def test_failed_and_wrong_downloads(prepare, source, tmp_path, serve):
@@ -914,11 +1024,10 @@ def test_killed_while_the_old_tree_is_removed(prepare, source, tmp_path):
     out = tmp_path / "out"
     prepare("--source", source, "--out", out)
     script = (
-        "import os, pathlib, shutil, sys, prepare_data\n"
+        "import os, shutil, sys, prepare_data\n"
         "def rmtree(path, **options):\n"
-        "    splits = pathlib.Path(path, 'splits.csv')\n"
-        "    if splits.exists():\n"
-        "        splits.unlink()\n"
+        "    if path.name == 'train':\n"
+        "        next(path.rglob('*.png')).unlink()\n"
         "        os._exit(9)\n"
         "shutil.rmtree = rmtree\n"
         "prepare_data.main(sys.argv[1:])\n"
