@@ -520,9 +520,8 @@ class SmallTarInfo(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, *args: object) -> tarfile.TarInfo:
         info = super().frombuf(*args)
-        is_content = info.type in tarfile.REGULAR_TYPES and info.type != tarfile.GNUTYPE_SPARSE
-        if not is_content and info.size > MAX_TAR_HEADER:
-            raise UserError(f"refused, because a header of the archive takes {info.size} bytes")
+        if info.type == tarfile.GNUTYPE_SPARSE or (info.type not in tarfile.REGULAR_TYPES and info.size > 1 << 20):
+            raise ValueError("an entry is a sparse file, or its header takes more than 1 MiB")
         return info
 
 

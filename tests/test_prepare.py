@@ -660,7 +660,7 @@ def test_links_bombs_and_damaged_archives_are_refused(prepare, source, tmp_path)
         info = tarfile.TarInfo("red/header.png")
         info.pax_headers = {"comment": "x" * (2 << 20)}
         file.addfile(info)
-    refuse("header.tar.gz", "a header of the archive takes 2")
+    refuse("header.tar.gz", "header.tar.gz: an entry is a sparse file, or its header")
     complete = pack(source, tmp_path / "complete.zip").read_bytes()
     (tmp_path / "cut.zip").write_bytes(complete[: len(complete) // 2])
     refuse("cut.zip", "damaged")
