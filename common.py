@@ -125,6 +125,8 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
+        if argv is None and sys.getfilesystemencoding() != "utf-8":  # in the locale C, but file names are UTF-8
+            os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
             if signal.getsignal(number) != signal.SIG_IGN:  # a shell ignores SIGINT in the jobs it starts with &
                 with contextlib.suppress(ValueError):  # not in the main thread
                     signal.signal(number, handle_signal)

@@ -248,6 +248,37 @@ def test_names_in_a_zip_without_the_utf8_flag(prepare, source, tmp_path):
             for path in sorted(source.rglob("*.png")):
                 folder = name if path.parent.name == "red" else path.parent.name
                 archive.writestr(UnflaggedInfo(f"{folder}/{path.name}"), path.read_bytes())
+def test_locale_without_utf8(source, tmp_path):
+    """File names are UTF-8 also in the locale C; and stderr has no warnings of Pillow."""
+    (source / "red").rename(source / "M\u00fcll")
+    tile((9, 9, 9), "exif").save(source / "M\u00fcll" / "exif.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0")
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    for changed in (True, False):
+        done = command("prepare_data", "--source", source, "--out", tmp_path / "out", env=env)
+        assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+        report = json.loads(done.stdout)
+        assert report["changed"] is changed and report["counts"]["train"]["M\u00fcll"] == 15
+
+
+def test_unreadable_folders(prepare, source, tmp_path, monkeypatch):
+    """They are left out like images that cannot be read, not without a trace."""
+    scandir, folder = os.scandir, source / "red" / "closed"
+    folder.mkdir()
+
+    def scan(path):
+        if str(path) == str(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    args = ["--source", source, "--out", tmp_path / "out"]
+    assert "problems with 1 file: red/closed (Permission denied)" in prepare(*args, code=2).error[0]
+    assert prepare(*args, "--on-bad", "skip").json["images"] == 60
+    assert rejected(tmp_path / "out") == {"red/closed": "Permission denied"}
+    folder = source
+    assert f"{source}: Permission denied" in prepare(*args, "--force", code=2).error[0]
+
+
         prepare("--source", tmp_path / f"{encoding}.zip", "--out", tmp_path / encoding)
         assert {row["class"] for row in rows(tmp_path / encoding)} == {"blue", "green", name}
 
