@@ -17,6 +17,7 @@ import difflib
 import errno
 import functools
 import gc
+import glob
 import hashlib
 import http.client
 import importlib
@@ -344,6 +345,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that replaces `path` when the block ends without an error, completely written and flushed to disk."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    remove_leftovers(path.parent, glob.escape(path.name))
     try:
         text = {} if "b" in mode else {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
         with name_errors(path):
@@ -354,6 +356,14 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove the temporary files of `atomic_write` that killed runs left behind: those that are an hour old."""
+    with contextlib.suppress(OSError):  # another run may remove them at the same time
+        for file in folder.glob(f".{pattern}.{'[0-9a-f]' * 8}.tmp"):
+            if time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
 
 
 @contextlib.contextmanager
@@ -1677,9 +1687,8 @@ class FeatureCache:
         with contextlib.suppress(OSError):  # another run may prune at the same time
             # Whatever else is in the folder is not ours.
             folders = [folder for folder in self.folder.glob("[0-9a-f]" * 32) if folder.is_dir()]
-            for leftover in (file for folder in folders for file in folder.glob(f".{'[0-9a-f]' * 64}.pt.*.tmp")):
-                if time.time() - leftover.stat().st_mtime > 86400:
-                    leftover.unlink()
+            for folder in folders:
+                remove_leftovers(folder, "[0-9a-f]" * 64 + ".pt")
             files = [file for folder in folders for file in folder.glob(CACHE_FILES)]
             files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in files)
             total = sum(size for _, size, _ in files)

@@ -623,6 +623,20 @@ def test_atomic_write_names_the_file_in_errors(tmp_path):
     assert raised.value.filename == str(tmp_path / "file") and raised.value.errno == 28
 
 
+def test_temporary_files_of_killed_runs_are_removed(tmp_path):
+    """Only those of the same file, and only if no other run may still be writing them."""
+    stay = [tmp_path / name for name in (".p.png.x.0123abcd.tmp", ".q.0123abcd.tmp", ".[p].89abcdef.tmp")]
+    old = [tmp_path / name for name in (".p.png.0123abcd.tmp", ".[p].0123abcd.tmp")]
+    for file in stay + old:
+        file.touch()
+    for file in stay[:2] + old:
+        os.utime(file, (0, 0))
+    for name in ("p.png", "[p]"):
+        with common.atomic_write(tmp_path / name) as file:
+            file.write("new")
+    assert sorted(tmp_path.iterdir()) == sorted([*stay, tmp_path / "p.png", tmp_path / "[p]"])
+
+
 def test_csv_lines_end_in_line_feeds(tmp_path):
     rows = [["a", "b"], ["line\nbreak", "carriage\rreturn"], ['quo"te', "plain"]]
     common.write_csv(tmp_path / "file.csv", rows[0], rows[1:])
