@@ -58,7 +58,6 @@ CLASS_HEADINGS = ("class", "label", "category")
 UNPACK_RATIO, UNPACK_MINIMUM = 20, 1 << 30
 MAX_UNDECLARED = 1 << 34  # bytes of a download whose length its server does not declare
 SLOW_SECONDS = 60  # a download ends if it is slower than 1 KiB/s for so long
-MAX_TAR_HEADER = 1 << 20  # bytes that a tar may have for the name and attributes of an entry
 
 
 @dataclass(eq=False)
@@ -186,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = args.source
         if args.url:
             source = download(args.url, "sha256" if args.sha256 else "md5", args.sha256 or args.md5, out)
-        stack.callback(remove_staging, staging)
+        stack.callback(remove_tree, staging)
         stack.enter_context(name_errors(staging))
         staging.mkdir()
         (staging / REQUEST_FILE).touch()
@@ -227,25 +226,19 @@ def recover(out: Path, staging: Path, old: Path) -> None:
             folder.rmdir()  # if it is empty
         if folder.is_symlink() or (folder.exists() and not (folder / REQUEST_FILE).is_file()):
             raise UserError(f"{folder} is in the way, and not of this program; rename it, or choose another --out")
-    if old.exists() and not out.exists():
+    if (old / "splits.csv").exists() and not out.exists():
         old.rename(out)
-    remove_staging(staging)
-    remove_old(old, staging)
+    remove_tree(staging)
+    remove_tree(old)
 
 
-def remove_old(old: Path, staging: Path) -> None:
-    """Remove a replaced tree, under the name `staging`, so that a tree with the name `old` is always complete."""
-    if old.exists():
-        old.rename(staging)
-        remove_staging(staging)
-
-
-def remove_staging(staging: Path) -> None:
-    """Remove an incomplete or replaced tree, and at the very end the file by which `recover` knows it."""
-    for path in staging.iterdir() if staging.exists() else ():
+def remove_tree(folder: Path) -> None:
+    """Remove a tree, if it exists: first the list that makes it complete, and last the file by which it is known."""
+    (folder / "splits.csv").unlink(missing_ok=True)
+    for path in folder.iterdir() if folder.exists() else ():
         if path.name != REQUEST_FILE:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-    shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def describe_request(args: argparse.Namespace) -> dict:
@@ -346,16 +339,8 @@ def read_splits_csv(path: Path) -> list[Record]:
 
 
 def download(url: str, algorithm: str, checksum: str, out: Path) -> Path:
-    """Download an archive into the folder of OUT, unless it is there already.
-
-    Raises UserError for a wrong checksum, and for a name that is that of OUT.
-    """
-    import urllib.parse
-
-    try:
-        name = PurePosixPath(urllib.parse.urlsplit(url).path).name.lstrip(".") or "download"
-    except ValueError as error:
-        raise UserError(f"--url {url}: {error}") from None
+    """Download an archive beside OUT, unless it is there already. Raises UserError for a wrong checksum."""
+    name = PurePosixPath(re.split("[?#]", url)[0]).name.lstrip(".") or "download"
     archive, partial = out.with_name(name), out.with_name(f"{name}.part")
     if out.name.casefold() in (archive.name.casefold(), partial.name.casefold()):
         raise UserError(f"--out {out} would be in the way of the download {archive}; choose another --out")
@@ -407,12 +392,13 @@ def fetch(url: str, path: Path) -> bool:
         length = response.headers.get("Content-Length")
         total = present + int(length or 0)
         size, since, before = present, time.monotonic(), present
+        most = total if length else MAX_UNDECLARED
         progress = Progress(f"download {path.stem}", total >> 10, "KiB", every=10)
         with open(path, "ab" if present else "wb") as file, progress:
             while block := response.read1(1 << 18):  # what has arrived
                 size += len(block)
-                if size > (total if length else MAX_UNDECLARED):
-                    raise OSError(f"more than {total if length else MAX_UNDECLARED} bytes arrive")
+                if size > most:
+                    raise OSError(f"more than {most} bytes arrive")
                 file.write(block)
                 progress.update((size >> 10) - progress.done)
                 if time.monotonic() - since > SLOW_SECONDS:
@@ -1110,10 +1096,11 @@ def replace_tree(staging: Path, out: Path, old: Path) -> None:
     with contextlib.suppress(OSError):
         out.rmdir()  # if it is empty
     if out.exists():
-        (out / REQUEST_FILE).touch()  # which trees of early versions lack
+        if (out / "splits.csv").exists():
+            (out / REQUEST_FILE).touch()  # which trees of early versions lack
         out.rename(old)
     staging.rename(out)
-    remove_old(old, staging)
+    remove_tree(old)
 
 
 # ---------------------------------------------------------------- report
