@@ -528,7 +528,7 @@ def digest_of(value: object) -> str:
 
 # ---------------------------------------------------------------- images
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # below its limit, an image is just large
+warnings.filterwarnings("ignore", module="PIL")  # about unusual images, even if all their pixels can be read
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder
 SPLITS = ("train", "val", "test")
 MAX_IMAGE_SIZE = 4096  # pixels per side of the images that a network takes

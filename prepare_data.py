@@ -630,7 +630,9 @@ def reject_taken_names(records: list[Record], keep_splits: bool) -> None:
             key = record.split if keep_splits else None, record.class_name.casefold(), record.name.casefold()
             first = taken.setdefault(key, record)
             if first is not record:
-                record.reason = f"it would have the same name in the tree as {first.path}; rename one of them"
+                is_same = (record.class_name, record.name) == (first.class_name, first.name)
+                where = "" if is_same else "where upper and lower case are the same, "
+                record.reason = f"{where}it would have the same name in the tree as {first.path}; rename one of them"
 
 
 def is_class_name(name: str) -> bool:
@@ -819,7 +821,8 @@ def choose_records(args: argparse.Namespace, checked: list[Record], tree: list[R
         raise UserError("no images are left for training")
     contents = group_by(records, "sha256").values()
     if repeated := len(records) - len(contents):
-        log(f"{repeated} images repeat the content of another one; equal images are assigned to the same split")
+        names = some(f"{group[1].path} = {group[0].path}" for group in contents if len(group) > 1)
+        log(f"{repeated} images repeat the content of another one, and are assigned to the same split: {names}")
     warn_of_leaks("images", contents)
     if args.group_by:
         warn_of_leaks("groups", group_by(records, "group").values())
@@ -962,8 +965,11 @@ def assign_splits(records: list[Record], val: float, test: float, seed: int) -> 
         if sum(wanted[name] for wanted in room.values()) >= size:
             problem = f"--val {val} and --test {test} leave none of the {size} images of class {name} for train"
             raise UserError(f"{problem}; lower them, or add images")
+    small = collections.defaultdict(list)  # classes that are too small for a split, by the names of these splits
         if short := [part for part, share in shares.items() if share and not room[part][name]]:
-            log(f"warning: class {name} has only {size} images: none for {', '.join(short)}")
+            small[" and ".join(short)].append(f"{name} ({size} image{'s' * (size > 1)})")
+    for short, names in small.items():
+        log(f"warning: too few images for {short}, where these classes will not be measured: {some(names)}")
     for record in records:
         if record.split in room:
             room[record.split][record.class_name] -= 1

@@ -117,6 +117,18 @@ def test_archives_with_an_outer_folder(prepare, source, tmp_path, kind):
     assert (report["images"], report["classes"], report["not_images"]) == (60, 3, 2)
 
 
+def test_classes_without_images_for_val_or_test(prepare, source, tmp_path):
+    for number in range(9):
+        (source / f"small {number}").mkdir()
+        for image in range(1 + number % 2):
+            tile((9, 9, 9), f"{number} {image}").save(source / f"small {number}" / f"{image}.png")
+    warnings = [
+        line for line in prepare("--source", source, "--out", tmp_path / "out").err.splitlines() if "few" in line
+    ]
+    assert len(warnings) == 1 and "small 0 (1 image), small 1 (2 images)" in warnings[0] and "4 more" in warnings[0]
+    assert "too few images for test and val" in warnings[0]
+
+
 def test_split_of_the_source_is_kept_and_val_taken_from_train(prepare, tmp_path):
     source = make_tree(tmp_path / "source", counts=(("train", 10), ("test", 5)))
     report = prepare("--source", source, "--out", tmp_path / "out", "--val", 0.2).json
@@ -129,7 +141,7 @@ def test_equal_images_get_the_same_split_and_must_have_the_same_class(prepare, s
     for number in range(8):
         shutil.copy(source / "red" / f"red {number}.png", source / "red" / f"again {number}.png")
     result = prepare("--source", source, "--out", tmp_path / "out")
-    assert "8 images repeat" in result.err
+    assert "8 images repeat" in result.err and "red/red 0.png = red/again 0.png" in result.err
     splits = split_by_content(tmp_path / "out")
     assert all(row["split"] == splits[row["sha256"]] for row in rows(tmp_path / "out"))
     shutil.copy(source / "red" / "red 0.png", source / "blue" / "sea.png")
@@ -408,10 +420,16 @@ def test_no_two_images_get_the_same_name(prepare, tmp_path):
         archive.writestr("red/red 0.png", (source / "test" / "red" / "red 3.png").read_bytes())
     args = ["--source", tmp_path / "s.zip", "--out", tmp_path / "out"]
     assert "same name in the tree as red/red 0.png" in prepare(*args, code=2).error[0]
+    assert "case" not in prepare(*args, code=2).error[0]
     assert prepare(*args, "--on-bad", "skip").json["images"] == 18 == len(list((tmp_path / "out").glob("*/*/*.png")))
     prepare("--source", source, "--out", tmp_path / "a", "--val", 0)
     text = (tmp_path / "a" / "splits.csv").read_text().replace(",test,", ",train,")
     (tmp_path / "splits.csv").write_text(text)
+    (source / "train" / "Red").mkdir()
+    tile((9, 9, 9), "new").save(source / "train" / "Red" / "RED 0.png")
+    message = prepare("--source", source, "--out", tmp_path / "b", code=2).error[0]
+    assert "where upper and lower case are the same, it would have the same name" in message and "red 0.png" in message
+    shutil.rmtree(source / "train" / "Red")
     args = ["--source", source, "--splits", tmp_path / "splits.csv", "--out", tmp_path / "b"]
     assert "same name in the tree as" in prepare(*args, code=2).error[0] and not (tmp_path / "b").exists()
 
