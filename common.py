@@ -125,9 +125,9 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
-        for number in (signal.SIGINT, signal.SIGTERM):
         if argv is None and sys.getfilesystemencoding() != "utf-8":  # in the locale C, but file names are UTF-8
             os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+        for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:  # a shell ignores SIGINT in the jobs it starts with &
                 with contextlib.suppress(ValueError):  # not in the main thread
                     signal.signal(number, handle_signal)
@@ -473,7 +473,10 @@ def hash_file(path: str | Path, algorithm: str = "sha256") -> str:
 
 def require_regular_file(path: str | Path) -> None:
     """Raise OSError for a file that does not exist, and for pipes and devices, which may never end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        os.listdir(path)  # raises the reason why a folder cannot be read
+    if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
@@ -614,18 +617,15 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
-def walk_folders(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+def walk_folders(
+    folder: str | Path, on_error: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """Yield (path of a folder, names of its files) for a folder and all below it, sorted, without hidden folders.
 
-    Links to folders are followed, each folder is visited once, and a folder that cannot be read is left out with a
-    warning.
+    Links to folders are followed, and each folder is visited once. The error of one that cannot be read is passed on.
     """
-
-    def warn(error: OSError) -> None:
-        log(f"warning: left out {error.filename}: {error.strerror}")
-
     seen = set()
-    for root, folders, files in os.walk(folder, onerror=warn, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=on_error, followlinks=True):
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
@@ -634,8 +634,14 @@ def walk_folders(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def find_images(folder: str | Path) -> Iterator[str]:
-    """Yield the paths of all images in a folder and below, in the order of `walk_folders`."""
-    return (os.path.join(root, name) for root, files in walk_folders(folder) for name in files if is_image_name(name))
+    """Yield the paths of all images in a folder and below, in the order of `walk_folders`.
+
+    Then come the folders that cannot be read, as do images that cannot.
+    """
+    errors: list[OSError] = []
+    for root, files in walk_folders(folder, errors.append):
+        yield from (os.path.join(root, name) for name in files if is_image_name(name))
+    yield from (error.filename for error in errors)
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -274,6 +274,8 @@ def list_images(folder: Path, models: list[Model], allow_missing: bool, workers:
         raise UserError(f"{folder.parent} has no {folder.name}/ folder; choose another with --split")
     paths, names, targets = list_split(folder)
     labels, notes = [names[target] for target in targets], []
+    if folders := list(filter(os.path.isdir, paths)):
+        notes.append(f"Folders that cannot be read, whose images are left out: {', '.join(folders)}.")
     known, all_classes = set(names), {}
     for model in models:
         classes = model.checkpoint.classes
@@ -293,7 +295,9 @@ def list_images(folder: Path, models: list[Model], allow_missing: bool, workers:
         notes.append(f"{folder} has no images of these classes: {', '.join(absent)}; {effect}")
     for note in notes:
         log(f"warning: {note}")
-    paths, labels = map(list, zip(*((path, label) for path, label in zip(paths, labels) if label in known)))
+    paths, labels = map(
+        list, zip(*((path, label) for path, label in zip(paths, labels) if label in known and path not in folders))
+    )
     hashes = hash_images(paths, workers)
     return Images(folder.parent, folder.name, paths, labels, hashes, notes, hash_split(hashes, labels))
 

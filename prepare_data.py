@@ -31,7 +31,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -82,6 +82,7 @@ class Contents:
     images: list[tuple[PurePosixPath, str]]  # path inside the source, and the file on disk that has its content
     folders: set[PurePosixPath]  # of an archive only those that are listed or have files other than images
     others: collections.Counter[str]  # number of files that are not images, by extension
+    unreadable: list[Record] = field(default_factory=list)  # folders, each with the reason
 
 
 # ---------------------------------------------------------------- command line
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             contents = list_folder(source) if source.is_dir() else unpack(source, staging / "files")
         show_other_files(contents.others)
         found = label_images(contents, args.labels) if args.labels else find_classes(contents, source)
-        checked = check_images(found)
+        checked = check_images(found + contents.unreadable)
         tree = read_tree(out, verify=True) if args.update and (out / "splits.csv").is_file() else []
         rejected = reject_records(args, checked, tree)
         records = choose_records(args, checked, tree)
@@ -391,8 +392,8 @@ def fetch(url: str, path: Path) -> bool:
             present = 0
         length = response.headers.get("Content-Length")
         total = present + int(length or 0)
-        size, since, before = present, time.monotonic(), present
         most = total if length else MAX_UNDECLARED
+        size, since, before = present, time.monotonic(), present
         progress = Progress(f"download {path.stem}", total >> 10, "KiB", every=10)
         with open(path, "ab" if present else "wb") as file, progress:
             while block := response.read1(1 << 18):  # what has arrived
@@ -412,13 +413,16 @@ def fetch(url: str, path: Path) -> bool:
 
 def list_folder(source: Path) -> Contents:
     """List the files of a source folder."""
-    contents = Contents([], set(), collections.Counter())
-    for root, names in walk_folders(source):
+    contents, errors = Contents([], set(), collections.Counter()), []
+    for root, names in walk_folders(source, errors.append):
         folder = PurePosixPath(Path(root).relative_to(source))
         images = [name for name in names if is_image_name(name)]
         contents.images += [(folder / name, os.path.join(root, name)) for name in images]
         contents.folders.add(folder)
         contents.others.update(PurePosixPath(name).suffix.lower() for name in names if not is_image_name(name))
+    if errors and not contents.images:
+        raise errors[0]
+    contents.unreadable = [Record(os.path.relpath(e.filename, source), "", reason=e.strerror) for e in errors]
     return contents
 
 
@@ -961,11 +965,11 @@ def assign_splits(records: list[Record], val: float, test: float, seed: int) -> 
             record.split = None
     sizes = collections.Counter(sorted(record.class_name for record in records))
     room = {part: {name: round(size * share) for name, size in sizes.items()} for part, share in shares.items()}
+    small = collections.defaultdict(list)  # classes that are too small for a split, by the names of these splits
     for name, size in sizes.items():
         if sum(wanted[name] for wanted in room.values()) >= size:
             problem = f"--val {val} and --test {test} leave none of the {size} images of class {name} for train"
             raise UserError(f"{problem}; lower them, or add images")
-    small = collections.defaultdict(list)  # classes that are too small for a split, by the names of these splits
         if short := [part for part, share in shares.items() if share and not room[part][name]]:
             small[" and ".join(short)].append(f"{name} ({size} image{'s' * (size > 1)})")
     for short, names in small.items():
@@ -1099,8 +1103,6 @@ def replace_tree(staging: Path, out: Path, old: Path) -> None:
     """Rename the complete tree to OUT, after the old one is moved away. If the run is killed, `recover` cleans up."""
     if hasattr(os, "sync"):
         os.sync()  # the names must not reach the disk before the contents
-    with contextlib.suppress(OSError):
-        out.rmdir()  # if it is empty
     if out.exists():
         if (out / "splits.csv").exists():
             (out / REQUEST_FILE).touch()  # which trees of early versions lack

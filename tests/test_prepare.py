@@ -248,18 +248,6 @@ def test_circular_links_and_names_of_any_bytes(prepare, source, tmp_path):
     assert any("r\udce9d\n.png" in row["path"] for row in rows(tmp_path / "out"))
 
 
-def test_names_in_a_zip_without_the_utf8_flag(prepare, source, tmp_path):
-    """Some programs write UTF-8 without its flag. Names that are not UTF-8 are in the old code page."""
-
-    class UnflaggedInfo(zipfile.ZipInfo):
-        def _encodeFilenameFlags(self):  # noqa: N802 (a method of zipfile)
-            return self.filename.encode(encoding), self.flag_bits & ~0x800
-
-    for encoding, name in (("utf-8", "M\u00fcll"), ("cp437", "\u00e9t\u00e9")):
-        with zipfile.ZipFile(tmp_path / f"{encoding}.zip", "w") as archive:
-            for path in sorted(source.rglob("*.png")):
-                folder = name if path.parent.name == "red" else path.parent.name
-                archive.writestr(UnflaggedInfo(f"{folder}/{path.name}"), path.read_bytes())
 def test_locale_without_utf8(source, tmp_path):
     """File names are UTF-8 also in the locale C; and stderr has no warnings of Pillow."""
     (source / "red").rename(source / "M\u00fcll")
@@ -291,6 +279,18 @@ def test_unreadable_folders(prepare, source, tmp_path, monkeypatch):
     assert f"{source}: Permission denied" in prepare(*args, "--force", code=2).error[0]
 
 
+def test_names_in_a_zip_without_the_utf8_flag(prepare, source, tmp_path):
+    """Some programs write UTF-8 without its flag. Names that are not UTF-8 are in the old code page."""
+
+    class UnflaggedInfo(zipfile.ZipInfo):
+        def _encodeFilenameFlags(self):  # noqa: N802 (a method of zipfile)
+            return self.filename.encode(encoding), self.flag_bits & ~0x800
+
+    for encoding, name in (("utf-8", "M\u00fcll"), ("cp437", "\u00e9t\u00e9")):
+        with zipfile.ZipFile(tmp_path / f"{encoding}.zip", "w") as archive:
+            for path in sorted(source.rglob("*.png")):
+                folder = name if path.parent.name == "red" else path.parent.name
+                archive.writestr(UnflaggedInfo(f"{folder}/{path.name}"), path.read_bytes())
         prepare("--source", tmp_path / f"{encoding}.zip", "--out", tmp_path / encoding)
         assert {row["class"] for row in rows(tmp_path / encoding)} == {"blue", "green", name}
 
