@@ -473,11 +473,8 @@ def hash_file(path: str | Path, algorithm: str = "sha256") -> str:
 
 def require_regular_file(path: str | Path) -> None:
     """Raise OSError for a file that does not exist, and for pipes and devices, which may never end."""
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        os.listdir(path)  # raises the reason why a folder cannot be read
-    if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "a folder that cannot be read, or not a regular file", str(path))
 
 
 def read_content(path: str | Path) -> bytes:
@@ -617,9 +614,7 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
-def walk_folders(
-    folder: str | Path, on_error: Callable[[OSError], None] | None = None
-) -> Iterator[tuple[str, list[str]]]:
+def walk_folders(folder: str | Path, on_error: Callable | None = None) -> Iterator[tuple[str, list[str]]]:
     """Yield (path of a folder, names of its files) for a folder and all below it, sorted, without hidden folders.
 
     Links to folders are followed, and each folder is visited once. The error of one that cannot be read is passed on.
@@ -634,10 +629,7 @@ def walk_folders(
 
 
 def find_images(folder: str | Path) -> Iterator[str]:
-    """Yield the paths of all images in a folder and below, in the order of `walk_folders`.
-
-    Then come the folders that cannot be read, as do images that cannot.
-    """
+    """Yield the paths of all images in a folder and below, and then of the folders there that cannot be read."""
     errors: list[OSError] = []
     for root, files in walk_folders(folder, errors.append):
         yield from (os.path.join(root, name) for name in files if is_image_name(name))

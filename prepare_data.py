@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         show_other_files(contents.others)
         found = label_images(contents, args.labels) if args.labels else find_classes(contents, source)
         checked = check_images(found + contents.unreadable)
-        tree = read_tree(out, verify=True) if args.update and (out / "splits.csv").is_file() else []
+        tree = read_splits_csv(out / "splits.csv") if args.update and (out / "splits.csv").is_file() else []
         rejected = reject_records(args, checked, tree)
         records = choose_records(args, checked, tree)
         if args.dry_run:
@@ -218,10 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def recover(out: Path, staging: Path, old: Path) -> None:
-    """Clean up after a killed run. If it was killed between the two renames of `replace_tree`, restore the old tree.
-
-    Raises UserError for anything else that has one of these names.
-    """
+    """Remove what a killed run left, or restore the old tree. Raises UserError for what is not of this program."""
     for folder in (staging, old):
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it is empty
@@ -300,20 +297,9 @@ def is_complete(out: Path, request: dict, force: bool, update: bool) -> bool:
             advice = f"add the new images with --update, {advice}"
         reason = details or "the source has changed since"
         raise UserError(f"{out} exists, but was made from another request ({reason}); {advice}")
-    read_tree(out)
+    if missing := [row.path for row in read_splits_csv(out / "splits.csv") if not os.path.exists(row.file)]:
+        raise UserError(f"{len(missing)} images of {out} are missing ({some(missing, 1)}); make it again with --force")
     return True
-
-
-def read_tree(out: Path, verify: bool = False) -> list[Record]:
-    """Return the images of the tree at OUT. Raises UserError if any is missing or, with `verify`, has changed."""
-    tree = read_splits_csv(out / "splits.csv")
-    lost, what = [row.path for row in tree if not os.path.isfile(row.file)], "are missing"
-    if verify and not lost:
-        hashes = hash_images([row.file for row in tree])
-        lost, what = [row.path for row, sha256 in zip(tree, hashes) if row.sha256 != sha256], "have changed"
-    if lost:
-        raise UserError(f"{len(lost)} images of {out} {what} ({some(lost, 1)}); make it again with --force")
-    return tree
 
 
 def read_splits_csv(path: Path) -> list[Record]:
@@ -362,20 +348,17 @@ def download(url: str, algorithm: str, checksum: str, out: Path) -> Path:
             advice = f"run the same command again to continue, or {advice}"
         raise UserError(f"cannot download {url}: {one_line(error)}; {advice}") from None
     if (found := hash_file(partial, algorithm)) != checksum:
-        if not is_whole:
-            size = f"{partial.stat().st_size} bytes with {algorithm} {found}, not {checksum}"
-            raise UserError(f"{url} ended after {size}; run the same command again to continue, if it was cut")
-        partial.unlink()
-        raise UserError(f"{url} has {algorithm} {found}, not {checksum}: the download was removed; {advice}")
+        result = "if the connection was cut, run the same command again to continue"
+        if is_whole:
+            result = "the download was removed"
+            partial.unlink()
+        raise UserError(f"{url} has {algorithm} {found}, not {checksum}: {result}; {advice}")
     partial.replace(archive)
     return archive
 
 
 def fetch(url: str, path: Path) -> bool:
-    """Download a file. If a part of it is there and the server supports ranges, only the rest is downloaded.
-
-    Returns whether it is known to be whole: a server that does not declare the length may have been cut off.
-    """
+    """Download a file, or only the rest if a part of it is there. Returns whether it is known to be complete."""
     import urllib.error
     import urllib.request  # takes longer to import than everything that --help needs
 
@@ -634,9 +617,8 @@ def reject_taken_names(records: list[Record], keep_splits: bool) -> None:
             key = record.split if keep_splits else None, record.class_name.casefold(), record.name.casefold()
             first = taken.setdefault(key, record)
             if first is not record:
-                is_same = (record.class_name, record.name) == (first.class_name, first.name)
-                where = "" if is_same else "where upper and lower case are the same, "
-                record.reason = f"{where}it would have the same name in the tree as {first.path}; rename one of them"
+                same = f"the same name in the tree as {first.path}, apart from upper and lower case"
+                record.reason = f"it would have {same}; rename one of them"
 
 
 def is_class_name(name: str) -> bool:
@@ -859,7 +841,13 @@ def set_groups(records: list[Record], pattern: re.Pattern) -> None:
 
 
 def reject_changes(records: list[Record], tree: list[Record], out: Path) -> None:
-    """With --update: give a reason to images that the tree has in another class, or that have a name of the tree."""
+    """With --update: give a reason to images that the tree has in another class, or that have a name of the tree.
+
+    Raises UserError if the tree has other images than when it was made.
+    """
+    hashes = hash_images([row.file for row in tree])
+    if changed := [row.path for row, sha256 in zip(tree, hashes) if row.sha256 != sha256]:
+        raise UserError(f"{len(changed)} images of {out} have changed ({some(changed, 1)}); make it again with --force")
     known = {row.sha256: row for row in tree}
     taken = {(row.class_name.casefold(), row.name.casefold()) for row in tree}
     for record in records:
@@ -965,7 +953,7 @@ def assign_splits(records: list[Record], val: float, test: float, seed: int) -> 
             record.split = None
     sizes = collections.Counter(sorted(record.class_name for record in records))
     room = {part: {name: round(size * share) for name, size in sizes.items()} for part, share in shares.items()}
-    small = collections.defaultdict(list)  # classes that are too small for a split, by the names of these splits
+    small = collections.defaultdict(list)  # classes too small for splits, by the names of these splits
     for name, size in sizes.items():
         if sum(wanted[name] for wanted in room.values()) >= size:
             problem = f"--val {val} and --test {test} leave none of the {size} images of class {name} for train"

@@ -420,7 +420,6 @@ def test_no_two_images_get_the_same_name(prepare, tmp_path):
         archive.writestr("red/red 0.png", (source / "test" / "red" / "red 3.png").read_bytes())
     args = ["--source", tmp_path / "s.zip", "--out", tmp_path / "out"]
     assert "same name in the tree as red/red 0.png" in prepare(*args, code=2).error[0]
-    assert "case" not in prepare(*args, code=2).error[0]
     assert prepare(*args, "--on-bad", "skip").json["images"] == 18 == len(list((tmp_path / "out").glob("*/*/*.png")))
     prepare("--source", source, "--out", tmp_path / "a", "--val", 0)
     text = (tmp_path / "a" / "splits.csv").read_text().replace(",test,", ",train,")
@@ -428,7 +427,7 @@ def test_no_two_images_get_the_same_name(prepare, tmp_path):
     (source / "train" / "Red").mkdir()
     tile((9, 9, 9), "new").save(source / "train" / "Red" / "RED 0.png")
     message = prepare("--source", source, "--out", tmp_path / "b", code=2).error[0]
-    assert "where upper and lower case are the same, it would have the same name" in message and "red 0.png" in message
+    assert "it would have the same name in the tree as" in message and "apart from upper and lower case" in message
     shutil.rmtree(source / "train" / "Red")
     args = ["--source", source, "--splits", tmp_path / "splits.csv", "--out", tmp_path / "b"]
     assert "same name in the tree as" in prepare(*args, code=2).error[0] and not (tmp_path / "b").exists()
@@ -984,7 +983,8 @@ def test_interrupted_download_is_continued(prepare, source, tmp_path, serve, fau
     archive, partial = folder / "set.zip", folder / "set.zip.part"
     args = ["--url", server.url, "--sha256", hashlib.sha256(content).hexdigest(), "--out", folder / "out"]
     message = prepare(*args, code=2).error[0]
-    assert f"after {len(content) // 2} " in message and "run the same command again" in message
+    assert "run the same command again to continue" in message
+    assert fault == "no length" or f"after {len(content) // 2} of {len(content)} bytes" in message
     assert not (folder / "out").exists()
     assert partial.stat().st_size == len(content) // 2
     assert prepare(*args).json["images"] == 60
