@@ -865,7 +865,7 @@ def test_interrupt_waits_for_no_further_image(prepare, source, tmp_path, monkeyp
 
     def check_slowly(record):
         checked.append(record)
-        if len(checked) == 1:
+        if len(checked) == 6:
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
         return check_image(record)
@@ -874,7 +874,7 @@ def test_interrupt_waits_for_no_further_image(prepare, source, tmp_path, monkeyp
     monkeypatch.setattr(prepare_data, "check_image", check_slowly)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     prepare("--source", source, "--out", tmp_path / "out", code=130)
-    assert len(checked) <= 4 and not list(tmp_path.glob(".*"))
+    assert len(checked) <= 10 and not list(tmp_path.glob(".*"))
 
 
 def test_hard_links(prepare, source, tmp_path):
