@@ -276,7 +276,9 @@ def list_images(folder: Path, models: list[Model], allow_missing: bool, workers:
     labels, notes = [names[target] for target in targets], []
     if folders := list(filter(os.path.isdir, paths)):
         notes.append(f"Folders that cannot be read, whose images are left out: {', '.join(folders)}.")
-    known, all_classes = set(names), {}
+        labels = [label for path, label in zip(paths, labels) if path not in folders]
+        paths = [path for path in paths if path not in folders]
+    known, all_classes = set(labels), {}
     for model in models:
         classes = model.checkpoint.classes
         if unknown := [f"{name} ({labels.count(name)} images)" for name in names if name not in classes]:
@@ -295,9 +297,7 @@ def list_images(folder: Path, models: list[Model], allow_missing: bool, workers:
         notes.append(f"{folder} has no images of these classes: {', '.join(absent)}; {effect}")
     for note in notes:
         log(f"warning: {note}")
-    paths, labels = map(
-        list, zip(*((path, label) for path, label in zip(paths, labels) if label in known and path not in folders))
-    )
+    paths, labels = map(list, zip(*((path, label) for path, label in zip(paths, labels) if label in known)))
     hashes = hash_images(paths, workers)
     return Images(folder.parent, folder.name, paths, labels, hashes, notes, hash_split(hashes, labels))
 
