@@ -132,7 +132,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
                 with contextlib.suppress(ValueError):  # not in the main thread
                     signal.signal(number, handle_signal)
         sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed by >&-
-        sys.stderr = sys.stderr or open(os.devnull, "w")
+        sys.stderr = sys.stderr or open(os.devnull, "w", errors="replace")
         return run_main(argv) if WORLD_SIZE == 1 else leave_at_once_on_failure(lambda: run_main(argv))
 
     def run_main(argv: Sequence[str] | None) -> int:
@@ -296,7 +296,7 @@ def log(message: str, stamp: bool = True, every_rank: bool = False, end: str = "
     try:
         print(f"{prefix}{message}", end=end, file=sys.stderr, flush=True)
     except OSError:  # stderr is closed or its disk is full: the work goes on without messages
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = open(os.devnull, "w", errors="replace")
 
 
 class Progress:

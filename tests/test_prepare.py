@@ -238,7 +238,7 @@ def test_bad_images_can_be_skipped(prepare, source, tmp_path):
     assert row["path"] == "red/bad.jpg" and row["reason"]
 
 
-def test_circular_links_and_names_of_any_bytes(prepare, source, tmp_path):
+def test_circular_links_and_names_of_any_bytes(prepare, source, tmp_path, monkeypatch):
     (source / "red" / "loop").symlink_to(source)
     try:
         (source / "red" / "red 0.png").rename(source / "red" / "r\udce9d\n.png")
@@ -246,6 +246,9 @@ def test_circular_links_and_names_of_any_bytes(prepare, source, tmp_path):
         pytest.skip("the file system allows only UTF-8 names")
     assert prepare("--source", source, "--out", tmp_path / "out").json["images"] >= 60
     assert any("r\udce9d\n.png" in row["path"] for row in rows(tmp_path / "out"))
+    (source / "red" / "r\udce9d\n.png").write_bytes(b"no image")
+    monkeypatch.setattr(sys, "stderr", None)  # closed by 2>&-
+    assert prepare_data.main(["--source", str(source), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
 
 
 def test_locale_without_utf8(source, tmp_path):
