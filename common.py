@@ -148,7 +148,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
                 with contextlib.suppress(ValueError):  # not in the main thread
                     signal.signal(number, handle_signal)
         sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed by >&-
-        sys.stderr = sys.stderr or open(os.devnull, "w")
+        sys.stderr = sys.stderr or open(os.devnull, "w", errors="replace")
         return run_main(argv) if WORLD_SIZE == 1 else leave_at_once_on_failure(lambda: run_main(argv))
 
     def run_main(argv: Sequence[str] | None) -> int:
@@ -338,7 +338,7 @@ def log(message: str, stamp: bool = True, every_rank: bool = False, redraw: bool
     try:
         print(prefix + "\n".join(map(printable, message.split("\n"))), end=end, file=sys.stderr, flush=True)
     except OSError:  # stderr is closed or its disk is full: the work goes on without messages
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = open(os.devnull, "w", errors="replace")
 
 
 class Progress:
@@ -573,7 +573,7 @@ def hash_file(path: str | Path, algorithm: str = "sha256") -> str:
 def require_regular_file(path: str | Path) -> None:
     """Raise OSError for a file that does not exist, and for pipes and devices, which may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise OSError(errno.EINVAL, "a folder that cannot be read, or not a regular file", str(path))
 
 
 def read_content(path: str | Path) -> bytes:
@@ -627,7 +627,7 @@ def digest_of(value: object) -> str:
 
 # ---------------------------------------------------------------- images
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # below its limit, an image is just large
+warnings.filterwarnings("ignore", module="PIL")  # about unusual images, even if all their pixels can be read
 # The formats that are read, whatever a file is called; JPEG includes MPO, as from phones, and PPM the other portable
 # bitmaps. Their plugins are imported above, because Pillow would import all that it has to find one.
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM")
@@ -728,18 +728,13 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
-def walk_folders(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+def walk_folders(folder: str | Path, on_error: Callable | None = None) -> Iterator[tuple[str, list[str]]]:
     """Yield (path of a folder, names of its files) for a folder and all below it, sorted, without hidden folders.
 
-    Links to folders are followed, each folder is visited once, and a folder that cannot be read is left out with a
-    warning.
+    Links to folders are followed, and each folder is visited once. The error of one that cannot be read is passed on.
     """
-
-    def warn(error: OSError) -> None:
-        log(f"warning: left out {error.filename}: {error.strerror}")
-
     seen = set()
-    for root, folders, files in os.walk(folder, onerror=warn, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=on_error, followlinks=True):
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
@@ -748,8 +743,11 @@ def walk_folders(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def find_images(folder: str | Path) -> Iterator[str]:
-    """Yield the paths of all images in a folder and below, in the order of `walk_folders`."""
-    return (os.path.join(root, name) for root, files in walk_folders(folder) for name in files if is_image_name(name))
+    """Yield the paths of all images in a folder and below, and then of the folders there that cannot be read."""
+    errors: list[OSError] = []
+    for root, files in walk_folders(folder, errors.append):
+        yield from (os.path.join(root, name) for name in files if is_image_name(name))
+    yield from (error.filename for error in errors)
 
 
 def class_folders(folder: Path) -> list[str]:

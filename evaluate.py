@@ -306,7 +306,11 @@ def list_images(folder: Path, models: list[Model], allow_missing: bool, workers:
         raise UserError(f"{folder.parent} has no {folder.name}/ folder; choose another with --split")
     paths, names, targets = list_split(folder)
     labels, notes = [names[target] for target in targets], []
-    known, all_classes = set(names), {}
+    if folders := list(filter(os.path.isdir, paths)):
+        notes.append(f"Folders that cannot be read, whose images are left out: {', '.join(folders)}.")
+        labels = [label for path, label in zip(paths, labels) if path not in folders]
+        paths = [path for path in paths if path not in folders]
+    known, all_classes = set(labels), {}
     for model in models:
         classes = model.checkpoint.classes
         if unknown := [f"{name} ({labels.count(name)} images)" for name in names if name not in classes]:

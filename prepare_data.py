@@ -31,7 +31,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -83,6 +83,7 @@ class Contents:
     images: list[tuple[PurePosixPath, str]]  # path inside the source, and the file on disk that has its content
     folders: set[PurePosixPath]  # of an archive only those that are listed or have files other than images
     others: collections.Counter[str]  # number of files that are not images, by extension
+    unreadable: list[Record] = field(default_factory=list)  # folders, each with the reason
 
 
 # ---------------------------------------------------------------- command line
@@ -195,8 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             contents = list_folder(source) if source.is_dir() else unpack(source, staging / "files")
         show_other_files(contents.others)
         found = label_images(contents, args.labels) if args.labels else find_classes(contents, source)
-        checked = check_images(found)
-        tree = read_tree(out, verify=True) if args.update and (out / "splits.csv").is_file() else []
+        checked = check_images(found + contents.unreadable)
+        tree = read_splits_csv(out / "splits.csv") if args.update and (out / "splits.csv").is_file() else []
         rejected = reject_records(args, checked, tree)
         records = choose_records(args, checked, tree)
         if args.dry_run:
@@ -218,10 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def recover(out: Path, staging: Path, old: Path) -> None:
-    """Clean up after a killed run. If it was killed between the two renames of `replace_tree`, restore the old tree.
-
-    Raises UserError for anything else that has one of these names.
-    """
+    """Remove what a killed run left, or restore the old tree. Raises UserError for what is not of this program."""
     for folder in (staging, old):
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it is empty
@@ -300,20 +298,9 @@ def is_complete(out: Path, request: dict, force: bool, update: bool) -> bool:
             advice = f"add the new images with --update, {advice}"
         reason = details or "the source has changed since"
         raise UserError(f"{out} exists, but was made from another request ({reason}); {advice}")
-    read_tree(out)
+    if missing := [row.path for row in read_splits_csv(out / "splits.csv") if not os.path.exists(row.file)]:
+        raise UserError(f"{len(missing)} images of {out} are missing ({some(missing, 1)}); make it again with --force")
     return True
-
-
-def read_tree(out: Path, verify: bool = False) -> list[Record]:
-    """Return the images of the tree at OUT. Raises UserError if any is missing or, with `verify`, has changed."""
-    tree = read_splits_csv(out / "splits.csv")
-    lost, what = [row.path for row in tree if not os.path.isfile(row.file)], "are missing"
-    if verify and not lost:
-        hashes = hash_images([row.file for row in tree])
-        lost, what = [row.path for row, sha256 in zip(tree, hashes) if row.sha256 != sha256], "have changed"
-    if lost:
-        raise UserError(f"{len(lost)} images of {out} {what} ({some(lost, 1)}); make it again with --force")
-    return tree
 
 
 def read_splits_csv(path: Path) -> list[Record]:
@@ -362,20 +349,17 @@ def download(url: str, algorithm: str, checksum: str, out: Path) -> Path:
             advice = f"run the same command again to continue, or {advice}"
         raise UserError(f"cannot download {url}: {one_line(error)}; {advice}") from None
     if (found := hash_file(partial, algorithm)) != checksum:
-        if not is_whole:
-            size = f"{partial.stat().st_size} bytes with {algorithm} {found}, not {checksum}"
-            raise UserError(f"{url} ended after {size}; run the same command again to continue, if it was cut")
-        partial.unlink()
-        raise UserError(f"{url} has {algorithm} {found}, not {checksum}: the download was removed; {advice}")
+        result = "if the connection was cut, run the same command again to continue"
+        if is_whole:
+            result = "the download was removed"
+            partial.unlink()
+        raise UserError(f"{url} has {algorithm} {found}, not {checksum}: {result}; {advice}")
     partial.replace(archive)
     return archive
 
 
 def fetch(url: str, path: Path) -> bool:
-    """Download a file. If a part of it is there and the server supports ranges, only the rest is downloaded.
-
-    Returns whether it is known to be whole: a server that does not declare the length may have been cut off.
-    """
+    """Download a file, or only the rest if a part of it is there. Returns whether it is known to be complete."""
     import urllib.error
     import urllib.request  # takes longer to import than everything that --help needs
 
@@ -392,8 +376,8 @@ def fetch(url: str, path: Path) -> bool:
             present = 0
         length = response.headers.get("Content-Length")
         total = present + int(length or 0)
-        size, since, before = present, time.monotonic(), present
         most = total if length else MAX_UNDECLARED
+        size, since, before = present, time.monotonic(), present
         progress = Progress(f"download {path.stem}", total >> 10, "KiB", every=10)
         with open(path, "ab" if present else "wb") as file, progress:
             while block := response.read1(1 << 18):  # what has arrived
@@ -413,13 +397,16 @@ def fetch(url: str, path: Path) -> bool:
 
 def list_folder(source: Path) -> Contents:
     """List the files of a source folder."""
-    contents = Contents([], set(), collections.Counter())
-    for root, names in walk_folders(source):
+    contents, errors = Contents([], set(), collections.Counter()), []
+    for root, names in walk_folders(source, errors.append):
         folder = PurePosixPath(Path(root).relative_to(source))
         images = [name for name in names if is_image_name(name)]
         contents.images += [(folder / name, os.path.join(root, name)) for name in images]
         contents.folders.add(folder)
         contents.others.update(PurePosixPath(name).suffix.lower() for name in names if not is_image_name(name))
+    if errors and not contents.images:
+        raise errors[0]
+    contents.unreadable = [Record(os.path.relpath(e.filename, source), "", reason=e.strerror) for e in errors]
     return contents
 
 
@@ -631,7 +618,8 @@ def reject_taken_names(records: list[Record], keep_splits: bool) -> None:
             key = record.split if keep_splits else None, record.class_name.casefold(), record.name.casefold()
             first = taken.setdefault(key, record)
             if first is not record:
-                record.reason = f"it would have the same name in the tree as {first.path}; rename one of them"
+                same = f"the same name in the tree as {first.path}, apart from upper and lower case"
+                record.reason = f"it would have {same}; rename one of them"
 
 
 def is_class_name(name: str) -> bool:
@@ -821,7 +809,8 @@ def choose_records(args: argparse.Namespace, checked: list[Record], tree: list[R
         raise UserError("no images are left for training")
     contents = group_by(records, "sha256").values()
     if repeated := len(records) - len(contents):
-        log(f"{repeated} images repeat the content of another one; equal images are assigned to the same split")
+        names = some(f"{group[1].path} = {group[0].path}" for group in contents if len(group) > 1)
+        log(f"{repeated} images repeat the content of another one, and are assigned to the same split: {names}")
     warn_of_leaks("images", contents)
     if args.group_by:
         warn_of_leaks("groups", group_by(records, "group").values())
@@ -854,7 +843,13 @@ def set_groups(records: list[Record], pattern: re.Pattern) -> None:
 
 
 def reject_changes(records: list[Record], tree: list[Record], out: Path) -> None:
-    """With --update: give a reason to images that the tree has in another class, or that have a name of the tree."""
+    """With --update: give a reason to images that the tree has in another class, or that have a name of the tree.
+
+    Raises UserError if the tree has other images than when it was made.
+    """
+    hashes = hash_images([row.file for row in tree])
+    if changed := [row.path for row, sha256 in zip(tree, hashes) if row.sha256 != sha256]:
+        raise UserError(f"{len(changed)} images of {out} have changed ({some(changed, 1)}); make it again with --force")
     known = {row.sha256: row for row in tree}
     taken = {(row.class_name.casefold(), row.name.casefold()) for row in tree}
     for record in records:
@@ -960,12 +955,15 @@ def assign_splits(records: list[Record], val: float, test: float, seed: int) -> 
             record.split = None
     sizes = collections.Counter(sorted(record.class_name for record in records))
     room = {part: {name: round(size * share) for name, size in sizes.items()} for part, share in shares.items()}
+    small = collections.defaultdict(list)  # classes too small for splits, by the names of these splits
     for name, size in sizes.items():
         if sum(wanted[name] for wanted in room.values()) >= size:
             problem = f"--val {val} and --test {test} leave none of the {size} images of class {name} for train"
             raise UserError(f"{problem}; lower them, or add images")
         if short := [part for part, share in shares.items() if share and not room[part][name]]:
-            log(f"warning: class {name} has only {size} images: none for {', '.join(short)}")
+            small[" and ".join(short)].append(f"{name} ({size} image{'s' * (size > 1)})")
+    for short, names in small.items():
+        log(f"warning: too few images for {short}, where these classes will not be measured: {some(names)}")
     for record in records:
         if record.split in room:
             room[record.split][record.class_name] -= 1
@@ -1095,8 +1093,6 @@ def replace_tree(staging: Path, out: Path, old: Path) -> None:
     """Rename the complete tree to OUT, after the old one is moved away. If the run is killed, `recover` cleans up."""
     if hasattr(os, "sync"):
         os.sync()  # the names must not reach the disk before the contents
-    with contextlib.suppress(OSError):
-        out.rmdir()  # if it is empty
     if out.exists():
         if (out / "splits.csv").exists():
             (out / REQUEST_FILE).touch()  # which trees of early versions lack
