@@ -895,6 +895,7 @@ def test_interrupt_waits_for_no_further_image(prepare, source, tmp_path, monkeyp
     check_image = prepare_data.check_image
     monkeypatch.setattr(prepare_data, "check_image", check_slowly)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # it is ignored in jobs of a shell
     prepare("--source", source, "--out", tmp_path / "out", code=130)
     assert len(checked) <= 10 and not list(tmp_path.glob(".*"))
 

@@ -525,6 +525,7 @@ def test_hangup_ends_a_script_unless_it_is_ignored(capsys):
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         assert main() == 129 and "interrupted" in capsys.readouterr().err
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         assert main() == 0
