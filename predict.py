@@ -694,7 +694,8 @@ def read_scene(path: Path, tile: int) -> Image.Image:
     if read_georeference(path) and turned:  # programs disagree on what that means
         raise UserError(f"{path} is turned by its EXIF tag, its georeference is not: save it upright, without the tag")
     if min(image.size) < tile:
-        raise UserError(f"--tile {tile} is larger than {path}, which has {image.width} x {image.height} pixels")
+        size = f"{image.width} x {image.height} pixels"
+        raise UserError(f"tiles of {tile} pixels are larger than {path}, which has {size}; see --tile")
     return image
 
 
