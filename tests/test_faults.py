@@ -103,7 +103,7 @@ def test_damaged_states_of_runs_are_refused(run, trained, tree, tmp_path):
         assert "last.pt" in message and "--restart" in message
     for name in ("wrong.pt", "missing.pt"):
         (tmp_path / name).unlink()
-    (tmp_path / ".model.pt.0123.tmp").write_bytes(b"left behind by a killed run")
+    (tmp_path / ".model.pt.01230123.tmp").write_bytes(b"left behind by a killed run")
     run("train", *args, "--restart", "--epochs", 1)
     assert names(tmp_path) == FILES
 
@@ -127,8 +127,8 @@ def test_unreadable_folders(run, trained, tree, tmp_path, monkeypatch):
     (line,) = (line for line in result.out.splitlines() if "closed" in line)
     assert line.endswith(',"a folder that cannot be read, or not a regular file"')
     run("evaluate", *checkpoint, "--data", tmp_path / "data", "--out", tmp_path / "report")
-    (note,) = json.loads((tmp_path / "report" / "metrics.json").read_text())["notes"]
-    assert "cannot be read" in note and "closed" in note
+    notes = json.loads((tmp_path / "report" / "metrics.json").read_text())["notes"]
+    assert [note for note in notes if "cannot be read" in note and "closed" in note]
     message = run("train", "--data", tmp_path / "data", "--out", tmp_path / "run", *SMALL, code=2).error[0]
     assert "closed: a folder that cannot be read" in message
 
