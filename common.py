@@ -973,6 +973,7 @@ def draw_images(file: Path, pictures: Sequence[tuple[str, str]], columns: int, t
     cells = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in cells:
         axes.set_axis_off()
+        axes.set_anchor("N")  # so that all captions of a row have one height
     for axes, image, (_, caption) in zip(cells, images, pictures):
         axes.imshow(image, interpolation="nearest" if max(image.size) < 128 else "antialiased")
         axes.set_title(caption, fontsize=7)
@@ -2018,7 +2019,7 @@ def invalid_fields(content: dict) -> list[str]:
         "views": isinstance(views, list)
         and set(map(repr, views)) <= set(map(repr, VIEWS["dihedral"]))
         and len(views) > 0,
-        "metrics": is_number(metrics.get("epoch", 0))
+        "metrics": all(is_number(metrics.get(key, 0)) for key in ("epoch", "head_epochs"))
         and is_number(metrics.get("alpha", 0), -1, 2)
         and isinstance(measured, dict)
         and all(is_number(count, 0, kinds=(int,)) for count in measured.values()),

@@ -747,8 +747,7 @@ def model_sections(model: Model, images: Images, folder: Path) -> list[Section]:
         thresholds.append(f"predict.py --reject-unfamiliar SHARE rejects {rejected} of these images.")
     wrong = (~predictions.correct).nonzero()[:, 0]
     shown = wrong[predictions.confidence[wrong].argsort(descending=True)[:20]].tolist()
-    if shown:
-        plot_mistakes(folder / "mistakes.png", model, images.paths, shown)
+    table = plot_mistakes(folder / "mistakes.png", model, images.paths, shown) if shown else ()
     mistakes = f"The {len(shown)} most confident of {len(wrong):,} mistakes." if shown else "There are none."
     return [
         accuracy_section(model, folder / "per_class.png"),
@@ -756,7 +755,7 @@ def model_sections(model: Model, images: Images, folder: Path) -> list[Section]:
         calibration_section(metrics, folder / "reliability.png"),
         Section("Confidence thresholds", thresholds, coverage_table),
         Section("Is this a fair test?", fairness_sentences(model, images)),
-        Section("Mistakes", [mistakes], picture=folder / "mistakes.png" if shown else None),
+        Section("Mistakes", [mistakes], table, folder / "mistakes.png" if shown else None),
     ]
 
 
@@ -1025,11 +1024,12 @@ def plot_reliability(path: Path, metrics: dict[str, Any]) -> None:
         confidence = [row["probability"] for row in bins]
         accuracy, lows, highs = zip(*(row["accuracy"] for row in bins))
         label = f"{suffix[1:] or 'calibrated'}: ECE {metrics[f'ece{suffix}']:.4f}"
-        upper.plot(confidence, accuracy, marker=marker, markersize=4.5, linewidth=1.2, color=color, label=label)
+        upper.scatter(confidence, accuracy, sizes, color, marker=marker, label=label, alpha=0.6)
         upper.vlines(confidence, lows, highs, linewidth=1.2, color=color)
         places = [(row["bin"] + 0.3 + 0.4 * side) / BINS for row in bins]
         lower.bar(places, [row["n"] for row in bins], 0.4 / BINS, color=color)
-    title = f"Reliability diagram: {BINS} bins, with 95% intervals"
+    title = f"Reliability of {BINS} bins (area: share of the images), 95% intervals"
+        sizes = [10 + 290 * row["n"] / metrics["n"] for row in bins]  # areas in square points
     upper.set(title=title, ylabel="accuracy", xlim=(-0.01, 1.01), ylim=(-0.02, 1.03))
     figure.legend(loc="outside lower center", ncols=3)
     upper.grid(alpha=0.25)
@@ -1040,15 +1040,14 @@ def plot_reliability(path: Path, metrics: dict[str, Any]) -> None:
     save_figure(path, figure)
 
 
-def plot_mistakes(path: Path, model: Model, paths: list[str], shown: list[int]) -> None:
-    """Draw the images with these numbers, each with its file name, predicted class, confidence and true class."""
-    classes, predictions, pictures = model.checkpoint.classes, model.predictions, []
+def plot_mistakes(path: Path, model: Model, paths: list[str], shown: list[int]) -> list[list[str]]:
+    """Draw the images with these numbers, with captions, and return a table of these, with the whole paths."""
+    classes, predictions, rows, pictures = model.checkpoint.classes, model.predictions, [], []
     for number in shown:
-        predicted, true = (
-            shorten(classes[index[number]], 24) for index in (predictions.predicted, predictions.targets)
-        )
-        name, confidence = shorten(Path(paths[number]).name), f"{predictions.confidence[number]:.2%}"
-        pictures.append((paths[number], f"{name}\npredicted: {predicted}\nconfidence: {confidence}\ntrue: {true}"))
+        predicted, true = (classes[index[number]] for index in (predictions.predicted, predictions.targets))
+        rows.append([paths[number], predicted, f"{predictions.confidence[number]:.2%}", true])
+        cells = (shorten(cell, 24) for cell in (Path(paths[number]).name, *rows[-1][1:]))
+        pictures.append((paths[number], "{}\npredicted: {}\nconfidence: {}\ntrue: {}".format(*cells)))
     draw_images(path, pictures, columns=5)
 
 
@@ -1056,6 +1055,7 @@ def plot_curves(path: Path, histories: list[History]) -> None:
     """Draw loss and accuracy over the epochs. Colors distinguish the splits, or the runs if there are several."""
     several = len(histories) > 1
     figure = new_figure(11, 4.6 + 0.2 * (math.ceil(3 * len(histories) / 2) + several))  # with room for the legend
+    return [["image, by rows", "predicted", "confidence", "true"], *rows]
     for axes, quantity, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("Cross entropy (nats)", "Accuracy")):
         for history in histories:
             best = history.best
@@ -1065,25 +1065,16 @@ def plot_curves(path: Path, histories: list[History]) -> None:
                 rows = [row for row in history.rows if not math.isnan(row[key])]  # not all splits in all epochs
                 if rows:
                     values, dots = [row[key] for row in rows], [rows.index(best)] if best in rows else []
+            before = history.metrics.get("head_epochs", 0) if several else 0  # those of the classifier alone
                     label = f"{prefix}{split} {best[key]:.4f}" if dots else f"{prefix}{split}"
                     look = {"color": color, "label": label, "marker": "o", "markevery": dots}
-                    axes.plot([row["epoch"] for row in rows], values, style, linewidth=1.6, **look)
-            if not several:
-                label = f"best epoch: {history.best['epoch']}"
-                axes.axvline(history.best["epoch"], color="0.6", linestyle="--", linewidth=1, zorder=0, label=label)
+                    axes.plot([row["epoch"] + before for row in rows], values, style, linewidth=1.6, **look)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
-        title = "dot: best epoch" if several else None
-        axes.legend(
-            title=title,
-            fontsize=8,
-            title_fontsize=8,
-            ncols=2,
-            handlelength=4,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.13),
-        )
+        title = "dot: best epoch" + several * "; fine-tuning follows on the classifier alone"
+        look = {"fontsize": 8, "title_fontsize": 8, "ncols": 2, "handlelength": 4}
+        axes.legend(title=title, loc="upper center", bbox_to_anchor=(0.5, -0.13), **look)
     save_figure(path, figure)
 
 

@@ -1560,6 +1560,7 @@ def finetune(
     fold_standardization(learner.network.head, trained.head)
     del learner, before  # to free memory
     requests = {"train": FeatureRequest(sample_evenly(dataset.splits["train"]), VIEWS["none"])}
+    run.best.row["head_epochs"] = probe_hparams.epochs
     if "val" in dataset.splits:
         requests["val"] = FeatureRequest(sample_evenly(dataset.splits["val"]), augmentation.views)
     samples = label_features(trained, requests, FeatureCache(None, {}), args)

@@ -17,6 +17,7 @@ from PIL import Image
 from scipy import stats
 from sklearn import metrics as sklearn
 
+import common
 import evaluate
 from common import Checkpoint, LockedError, handle_signal, hash_file, hold_lock, short_hashes
 
@@ -277,6 +278,28 @@ def test_many_classes_take_little_memory(tmp_path):
     chosen, _ = evaluate.classes_to_show(predictions.confusion)
     assert chosen[7] == 7 and chosen[-1] == 299_999
     evaluate.plot_confusion(tmp_path / "confusion.png", predictions.confusion, names)
+
+
+def test_pictures_can_be_read(tmp_path, monkeypatch):
+    """Captions of images of different shapes align, bins of one image are not connected, and curves follow in time."""
+    figures = []
+    for module in (common, evaluate):
+        monkeypatch.setattr(module, "save_figure", lambda path, figure: figures.append(figure))
+    pictures = [(tmp_path / f"{width}.png", "name\nclass") for width in (20, 40, 80)]
+    for width, (path, _) in zip((20, 40, 80), pictures):
+        Image.new("RGB", (width, 40)).save(path)
+    common.draw_images(tmp_path / "grid.png", pictures, columns=2)
+    figures[0].draw_without_rendering()
+    first, second, third, _ = (axes.title.get_window_extent().y0 for axes in figures[0].axes)
+    assert abs(first - second) < 1 and first > third
+    evaluate.plot_reliability(tmp_path / "bins.png", random_model().metrics)
+    upper = figures[1].axes[0]
+    assert len(upper.lines) == 1 and len(set(upper.collections[0].get_sizes())) > 3
+    (tmp_path / "history.csv").write_text(HISTORY)
+    rows = evaluate.read_history(tmp_path / "history.csv")
+    runs = [evaluate.History(Path("a"), "a", rows, rows[1], {"head_epochs": count}, "red") for count in (0, 5)]
+    evaluate.plot_curves(tmp_path / "curves.png", runs)
+    assert [list(line.get_xdata())[0] for line in figures[2].axes[0].lines] == [1, 1, 6, 6]
 
 
 # ---------------------------------------------------------------- one model

@@ -783,6 +783,7 @@ def test_finetune_trains_the_chosen_parts(run, similar_tree, random_weights, tmp
         assert loss == pytest.approx(after["metrics"]["test_loss"], abs=1e-4)
     frozen = run("train", *args, "--out", tmp_path / "frozen").json
     best_frozen = history(tmp_path / "frozen")[frozen["best_epoch"] - 1]
+        assert f"the classifier alone, {after['metrics']['head_epochs']} epochs" in result.err
     assert float(history(tmp_path / "all")[-1]["val_loss"]) < float(best_frozen["val_loss"])  # the network has learned
 
 
