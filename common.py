@@ -1868,6 +1868,7 @@ class Checkpoint(Network):
     # The median of the shorter sides of the training images in pixels, before they were resized. None for a checkpoint
     # of an earlier version.
     native_size: int | None = None
+    date: str | None = None  # when it was trained; None likewise
 
 
 # What a file may contain: levels of dicts and lists, their items in all, and characters of a text, such as a path.
@@ -1953,7 +1954,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     # Earlier versions did not write all fields.
     later = {"views": VIEWS["none"], "temperature_tta": content.get("temperature"), "args": {}, "versions": {}}
     later |= {"train_hashes": short_hashes([]), "val_hashes": short_hashes([])}
-    later |= {"familiarity": None, "native_size": None}
+    later |= {"familiarity": None, "native_size": None, "date": None}
     content = later | content
     if wrong := invalid_fields(content):
         reason = f"missing or invalid {', '.join(wrong)}"
@@ -2016,6 +2017,8 @@ def invalid_fields(content: dict) -> list[str]:
         "std": is_channels(preprocessing.get("std"), 0),
         "temperature": is_number(content.get("temperature"), 0.01, 100),
         "temperature_tta": is_number(content.get("temperature_tta"), 0.01, 100),
+        "date": isinstance(content.get("date"), (str, type(None))),
+        "args": isinstance(content["args"].get("changed", {}), dict),
         "views": isinstance(views, list)
         and set(map(repr, views)) <= set(map(repr, VIEWS["dihedral"]))
         and len(views) > 0,

@@ -39,8 +39,8 @@ from common import Checkpoint, Estimate, FeatureCache, FeatureRequest, Inference
 from common import View
 from common import add_cache_options, add_hardware_options, are_among, atomic_write, check_output_outside
 from common import checkpoint_precision, checkpoint_views, command, defer_signals, draw_images, extract_features
-from common import few_val_images, fraction, hash_images, hold_lock, in_batches, library_versions, list_split, log
-from common import log_device, make_parser, new_figure, paired_difference, pick_device, pick_precision, print_json
+from common import few_val_images, fraction, hash_file, hash_images, hold_lock, in_batches, library_versions, list_split
+from common import log, log_device, make_parser, new_figure, paired_difference, pick_device, pick_precision, print_json
 from common import printable, read_batches, read_checkpoint, read_known, rows_per_chunk, save_figure, shorten
 from common import to_json_text, unfamiliarity, wilson, write_csv
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     with replace_report(args.out, [model.subfolder for model in models]) as folder:
         for model in models:
             model.predictions, measured = classify(model, images, device, args)
-            model.metrics = compute_metrics(model, measured)
+            model.metrics |= compute_metrics(model, measured)
             model.metrics |= count_seen_images(model.checkpoint, images.hashes, model.predictions.correct)
         comparisons = compare_models(models)
         content = metrics_content(args, models, comparisons, histories, images)
@@ -99,15 +99,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         sections = report_sections(models, comparisons, histories, images, folder)
         for section in sections:
             log_section(section)
-        title = f"{', '.join(model.name for model in models)} on {args.data.resolve().name}/{args.split}"
+        names = ", ".join(f"{model.name} ({model.checkpoint.arch})" for model in models)
+        title = f"{names} on {args.data.resolve().name}/{args.split}, {content['date']}"
         write_report(folder / "report.html", title, [*sections, origin_section(models, content)])
         files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         content["report_files"] = [*sorted(files), "metrics.json"]
         with atomic_write(folder / "metrics.json") as file:
             file.write(to_json_text(content, indent=2) + "\n")
-    accuracies = [f"{model.name}: accuracy {model.metrics['accuracy'].text('.2%')}" for model in models]
-    summary = f"{'; '.join(accuracies)}, on {content['n']:,} images of {images.data / images.split}"
-    summary += f"; report: {args.out}/report.html"
+    accuracies = ", ".join(model.metrics["accuracy"].text(".2%") for model in models)
+    summary = f"{title}: accuracy {accuracies}; report: {args.out}/report.html"
     below = args.fail_under is not None and content["accuracy"] < args.fail_under
     if below:
         summary += f"\naccuracy {content['accuracy']:.4f} is below --fail-under {args.fail_under}"
@@ -158,12 +158,14 @@ def metrics_content(
     content = {"checkpoint": str(args.checkpoint[0]), "data": str(args.data), "split": args.split, "tta": args.tta}
     content |= to_json(models[0].metrics)
     content |= {"curves": [summarize_history(history) for history in histories], "notes": images.notes}
-    content |= {"intervals": INTERVALS, "command": args.command, "data_sha256": images.sha256, "versions": versions}
+    content |= {"date": time.strftime("%Y-%m-%d %H:%M"), "intervals": INTERVALS, "command": args.command}
+    content |= {"data_sha256": images.sha256, "versions": versions}
     if comparisons:
-        content["models"] = []
-        for model in models:
-            files = {"checkpoint": str(model.path), "folder": str(args.out / model.subfolder)}
-            content["models"].append({"name": model.name, **files, **to_json(model.metrics)})
+        content["models"] = [
+            {"name": model.name, "checkpoint": str(model.path), "folder": str(args.out / model.subfolder)}
+            | to_json(model.metrics)
+            for model in models
+        ]
         content["comparisons"] = [to_json(comparison) for comparison in comparisons]
     return content
 
@@ -238,7 +240,9 @@ def read_models(paths: list[Path], tta: bool) -> list[Model]:
             views, temperature = checkpoint_views(checkpoint, tta)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        models.append(Model(path, name, name if models else "", checkpoint, views, temperature))
+        model = Model(path, name, name if models else "", checkpoint, views, temperature)
+        model.metrics = {"checkpoint_sha256": hash_file(path), "trained": checkpoint.date}
+        models.append(model)
     return models
 
 
@@ -259,9 +263,8 @@ def read_histories(paths: list[Path] | None, models: list[Model]) -> list[Histor
             if not own:
                 log(f"no training curves: {path} is of another run than the model beside it, whose epoch is not in it")
                 continue
-            with_val = [row for row in rows if not math.isnan(row["val_loss"])]
-            lowest = min(with_val, key=lambda row: row["val_loss"], default=rows[-1])
-            best = own[0] if "epoch" in keys else lowest
+            with_val = [row for row in rows if not math.isnan(row["val_loss"])] or rows[-1:]
+            best = own[0] if "epoch" in keys else min(with_val, key=lambda row: row["val_loss"])
             histories.append(History(path, name, rows, best, metrics, COLORS[number % len(COLORS)]))
         elif required:
             raise UserError(f"no such file: {path}")
@@ -895,8 +898,11 @@ def origin_section(models: list[Model], content: dict[str, Any]) -> Section:
     for model in models:
         checkpoint, speed = model.checkpoint, f"{model.metrics['ms_per_image']:.2f} ms per image"
         table.append(["checkpoint", f"{model.path}: {checkpoint.arch}, {join(checkpoint.preprocessing)}"])
-        table.append(["its training", f"{join(checkpoint.args)}; with {join(checkpoint.versions)}"])
+        table.append(["its SHA-256", model.metrics["checkpoint_sha256"]])
         table.append(["its time", f"{speed}, {model.metrics['timing']}"])
+        table.append(["its training", f"{checkpoint.date or 'date unknown'}, with {join(checkpoint.versions)}"])
+        options = checkpoint.args.get("changed", checkpoint.args)  # what differs from the defaults, if that is known
+        table += [[f"--{key}".replace("_", "-"), str(value)] for key, value in options.items()]
     return Section("How this report was made", [], table)
 
 
@@ -1023,13 +1029,13 @@ def plot_reliability(path: Path, metrics: dict[str, Any]) -> None:
         bins = metrics[f"reliability{suffix}"]
         confidence = [row["probability"] for row in bins]
         accuracy, lows, highs = zip(*(row["accuracy"] for row in bins))
+        sizes = [10 + 290 * row["n"] / metrics["n"] for row in bins]  # areas in square points
         label = f"{suffix[1:] or 'calibrated'}: ECE {metrics[f'ece{suffix}']:.4f}"
         upper.scatter(confidence, accuracy, sizes, color, marker=marker, label=label, alpha=0.6)
         upper.vlines(confidence, lows, highs, linewidth=1.2, color=color)
         places = [(row["bin"] + 0.3 + 0.4 * side) / BINS for row in bins]
         lower.bar(places, [row["n"] for row in bins], 0.4 / BINS, color=color)
     title = f"Reliability of {BINS} bins (area: share of the images), 95% intervals"
-        sizes = [10 + 290 * row["n"] / metrics["n"] for row in bins]  # areas in square points
     upper.set(title=title, ylabel="accuracy", xlim=(-0.01, 1.01), ylim=(-0.02, 1.03))
     figure.legend(loc="outside lower center", ncols=3)
     upper.grid(alpha=0.25)
@@ -1049,23 +1055,23 @@ def plot_mistakes(path: Path, model: Model, paths: list[str], shown: list[int]) 
         cells = (shorten(cell, 24) for cell in (Path(paths[number]).name, *rows[-1][1:]))
         pictures.append((paths[number], "{}\npredicted: {}\nconfidence: {}\ntrue: {}".format(*cells)))
     draw_images(path, pictures, columns=5)
+    return [["image, by rows", "predicted", "confidence", "true"], *rows]
 
 
 def plot_curves(path: Path, histories: list[History]) -> None:
     """Draw loss and accuracy over the epochs. Colors distinguish the splits, or the runs if there are several."""
     several = len(histories) > 1
     figure = new_figure(11, 4.6 + 0.2 * (math.ceil(3 * len(histories) / 2) + several))  # with room for the legend
-    return [["image, by rows", "predicted", "confidence", "true"], *rows]
     for axes, quantity, title in zip(figure.subplots(1, 2), ("loss", "acc"), ("Cross entropy (nats)", "Accuracy")):
         for history in histories:
             best = history.best
+            before = history.metrics.get("head_epochs", 0) if several else 0  # those of the classifier alone
             prefix, colors = (f"{shorten(history.name)}, ", [history.color] * 3) if several else ("", COLORS)
             for split, style, color in zip(SPLITS, (":", "-", "--"), colors):
                 key = f"{split}_{quantity}"
                 rows = [row for row in history.rows if not math.isnan(row[key])]  # not all splits in all epochs
                 if rows:
                     values, dots = [row[key] for row in rows], [rows.index(best)] if best in rows else []
-            before = history.metrics.get("head_epochs", 0) if several else 0  # those of the classifier alone
                     label = f"{prefix}{split} {best[key]:.4f}" if dots else f"{prefix}{split}"
                     look = {"color": color, "label": label, "marker": "o", "markevery": dots}
                     axes.plot([row["epoch"] + before for row in rows], values, style, linewidth=1.6, **look)

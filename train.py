@@ -169,6 +169,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_hardware_options(parser)
     parser.set_defaults(strong=False)
     args = parser.parse_args(argv)
+    # What differs from the defaults, for the report.
+    args.changed = {key: str(value) for key, value in vars(args).items() if value != parser.get_default(key)}
     if args.image_size and args.image_size > MAX_IMAGE_SIZE:
         parser.error(f"--image-size {args.image_size} is above {MAX_IMAGE_SIZE}")
     if args.resume and args.restart:
@@ -250,7 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "seconds": round(time.monotonic() - start, 1),
     }
     known = ", ".join(f"{split} {report[f'{split}_acc']:.2%}" for split in SPLITS if report[f"{split}_acc"] is not None)
-    print_json(report, f"{'wrote' if better else 'kept'} {report['model']}; accuracy of the new model: {known}")
+    state = "written" if better else "the old model is kept"
+    print_json(report, f"{report['model']}: {state}; accuracy of the new model: {known}")
     return None if better else EXIT_KEPT_OLD
 
 
@@ -571,7 +574,9 @@ def read_incumbent(path: Path, dataset: Dataset, network: Network, data: Path) -
 
 def run_settings(arguments: dict, dataset: Dataset, features_key: dict) -> dict:
     """Return everything that affects the result of a run, as plain values. A run is resumed only if it is the same."""
-    no_effect = "audit resume restart only_if_better list_archs out workers cache no_cache cache_limit max_minutes"
+    no_effect = (
+        "changed audit resume restart only_if_better list_archs out workers cache no_cache cache_limit max_minutes"
+    )
     settings = {name: value for name, value in plain_values(arguments).items() if name not in no_effect.split()}
     if arguments["finetune"] != "head":
         settings["processes"] = WORLD_SIZE
@@ -1555,12 +1560,12 @@ def finetune(
         batches = f"batches of {args.batch_size} images of {model.preprocessing['size']} pixels"
         raise UserError(f"not enough memory on {model.device} for {batches}: try {advice}") from None
     run = interpolate(learner, before, run)
+    run.best.row["head_epochs"] = probe_hparams.epochs
     learner.load_state_dict(run.best.weights)
     trained = learner.updated_model()
     fold_standardization(learner.network.head, trained.head)
     del learner, before  # to free memory
     requests = {"train": FeatureRequest(sample_evenly(dataset.splits["train"]), VIEWS["none"])}
-    run.best.row["head_epochs"] = probe_hparams.epochs
     if "val" in dataset.splits:
         requests["val"] = FeatureRequest(sample_evenly(dataset.splits["val"]), augmentation.views)
     samples = label_features(trained, requests, FeatureCache(None, {}), args)
@@ -1933,6 +1938,8 @@ class RunFiles:
             stale += () if args.audit else ("audit.csv", "audit.png", "duplicates.csv", "duplicates.png")
             for name in stale:
                 (self.folder / name).unlink(missing_ok=True)
+        if (self.folder / "report").is_dir():
+            log(f"{self.folder / 'report'} is the report of an earlier model; evaluate.py makes that of the new one")
 
     def write_history(self, run: Run) -> None:
         rows = [[row[name] for name in HISTORY_FIELDS] for row in run.history]
@@ -1949,6 +1956,8 @@ def checkpoint_content(
     """Return the content of model.pt: everything that evaluate.py and predict.py need."""
     network, best = model.network, run.best
     args = plain_values(arguments) | asdict(run.hparams) | {"seed": run.seed, "precision": model.precision}
+    if args["tune"]:
+        args["changed"] = args["changed"] | asdict(run.hparams)
     hashes = {"train_hashes": network.train_hashes, "val_hashes": network.val_hashes}  # of an earlier fine-tuning
     for name in ("train", "val"):
         if name in dataset.splits:
@@ -1965,6 +1974,7 @@ def checkpoint_content(
         "temperature_tta": result.temperature_tta,
         "views": VIEWS[arguments["augment"]],
         "metrics": best.row,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
         "familiarity": result.familiarity,
         **hashes,
         "state_dict": network.model.cpu().state_dict(),

@@ -420,7 +420,7 @@ def test_images_that_the_model_has_seen(run, trained, tree, tmp_path):
     args = ["--checkpoint", trained.model, "--data", data, "--out", out]
     clean = run("evaluate", *args)
     assert clean.json["seen_in_training"] == clean.json["seen_in_val"] == 0
-    assert "accuracy_unseen" not in clean.json and "warning" not in clean.err
+    assert "accuracy_unseen" not in clean.json and clean.err.count("warning") == 1  # of the size of val
     for split, sentence in (("train", "trained on 60"), ("val", "epoch chosen on 24")):
         result = run("evaluate", *args, "--split", split)
         seen = {"seen_in_training": 60 * (split == "train"), "seen_in_val": 24 * (split == "val")}
@@ -483,7 +483,7 @@ def test_fail_under(run, trained, hard_tree, tmp_path, monkeypatch):
         assert "below --fail-under" in run("evaluate", *args, "--fail-under", 0.99, code=4).error[0]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # where what a person wants to read comes last
     result = run("evaluate", *args, "--fail-under", 0.1)
-    assert result.out == "" and f"images of {hard_tree / 'test'}; report: {tmp_path}/out/rep" in result.error[0]
+    assert result.out == "" and f"; report: {tmp_path}/out/report.html" in result.error[0]
     run("evaluate", *args, "--fail-under", 93, code=2)
 
 
@@ -714,7 +714,8 @@ def test_report_is_self_contained_and_escaped(run, trained, tree, tmp_path):
     for name, odd in names.items():
         shutil.copytree(tree / "test" / name, data / "test" / odd)
     shutil.move(data / "test" / names["red"] / "red 0.png", data / "test" / names["blue"] / "<b>\n.png")
-    changes = {"classes": list(names.values()), "args": {"data": "</table><i>"}}
+    options = {"data": "</table><i>", "weight_decay": "0.1"}  # that differ from the defaults
+    changes = {"classes": list(names.values()), "args": {"batch_size": 64, "changed": options}, "date": "2020-02-02"}
     model = save_changed(trained, tmp_path / "odd" / "model.pt", **changes)
     result = run("evaluate", "--checkpoint", model, "--data", data)
     out = tmp_path / "odd" / "report"
@@ -727,8 +728,11 @@ def test_report_is_self_contained_and_escaped(run, trained, tree, tmp_path):
     assert "url(" not in page.text and "@import" not in page.text
     escaped = ['<script>alert("1")<', "a'b&amp;\\n$x^$", "</table><i>"]
     origin = ["python evaluate.py --checkpoint", str(torch.__version__), result.json["data_sha256"], "30 images"]
-    for part in (*escaped, *origin, "resnet18"):
+    origin += [hash_file(model), "2020-02-02", "--weight-decay", f"odd (resnet18) on {data.name}/test, 20"]
+    for part in (*escaped, *origin, "resnet18", "<b>\\n.png"):
         assert part in page.text
+    assert "--batch-size" not in page.text
+    assert (result.json["checkpoint_sha256"], result.json["trained"]) == (hash_file(model), "2020-02-02")
     assert {row["class"] for row in read_csv(out / "per_class.csv")} == set(names.values())
     assert {row["class"] for row in result.json["per_class"]} == set(names.values())
 

@@ -78,6 +78,9 @@ def test_result_line_history_and_checkpoint(trained, tree):
     preprocessing |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     assert checkpoint["preprocessing"] == preprocessing
     assert checkpoint["args"]["epochs"] == 4 and checkpoint["args"]["data"] == str(tree)
+    options = {"data", "out", "epochs", "lr", "arch", "weights", "image_size", "device", "precision"}
+    assert set(checkpoint["args"]["changed"]) == options and checkpoint["args"]["changed"]["epochs"] == "4"
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d", checkpoint["date"])
     assert "torch" in checkpoint["versions"] and checkpoint["temperature"] > 0
     assert checkpoint["metrics"]["measured"] == {"train": 60, "val": 24, "test": 30}
     for split in ("train", "val"):
@@ -726,7 +729,11 @@ def test_diverging_configuration_is_just_the_worst(run, similar_tree, tmp_path):
     finite = [math.isfinite(float(row["val_loss"])) for row in rows]
     assert not all(finite) and finite[[row["winner"] for row in rows].index("1")]
     args[3], args[5] = 1e-7, 12  # the largest is still too small
+    (tmp_path / "slow" / "report").mkdir(parents=True)
     result = run("train", "--data", similar_tree, "--out", tmp_path / "slow", *args)
+    assert f"{tmp_path / 'slow' / 'report'} is the report of an earlier model" in result.err
+    changed = load_pt(tmp_path / "slow" / "model.pt")["args"]["changed"]
+    assert changed["tune"] == "12" and changed["lr"] == result.json["tuned"]["lr"]
     assert "the best lies at the edge of the range of --lr" in result.err
 
 
@@ -776,6 +783,7 @@ def test_finetune_trains_the_chosen_parts(run, similar_tree, random_weights, tmp
         assert changed_parts(before, after["state_dict"]) == set(parts[mode])
         assert all(torch.equal(before[key], after["state_dict"][key]) for key in before if "running_" in key)
         assert after["metrics"]["alpha"] == result.json["alpha"] > 0
+        assert f"the classifier alone, {after['metrics']['head_epochs']} epochs" in result.err
         assert f"fine-tuning {', '.join(parts[mode][:-1])}:" in result.err
         assert "the classifier alone" in result.err and len(history(tmp_path / mode)) == 2
         loss, accuracy = measure(tmp_path / mode / "model.pt", similar_tree / "test")
@@ -783,7 +791,6 @@ def test_finetune_trains_the_chosen_parts(run, similar_tree, random_weights, tmp
         assert loss == pytest.approx(after["metrics"]["test_loss"], abs=1e-4)
     frozen = run("train", *args, "--out", tmp_path / "frozen").json
     best_frozen = history(tmp_path / "frozen")[frozen["best_epoch"] - 1]
-        assert f"the classifier alone, {after['metrics']['head_epochs']} epochs" in result.err
     assert float(history(tmp_path / "all")[-1]["val_loss"]) < float(best_frozen["val_loss"])  # the network has learned
 
 
