@@ -472,7 +472,7 @@ def draw_bars(axes: Any, best: list[tuple[str, float]], unknown: bool) -> None:
         axes.text(0.02, position, label, va="center", fontsize=8)
     axes.set(xlim=(0, 1), ylim=(BARS - 0.5, -0.5))
     title = unknown_label(shorten(best[0][0], 22), best[0][1]).replace(" (", "\n(", 1) if unknown else labels[0]
-    axes.set_title(title, fontsize=9, fontweight="bold")
+    axes.set_title(title, fontsize=8, fontweight="bold")
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 

@@ -186,7 +186,7 @@ def test_coverage_of_the_f1_interval(support, recall, precision):
         return numpy.mean([low <= true_f1 <= high for _, low, high in found])
 
     def bootstrap(tp, fn, fp, tn):
-        correct, true, predicted = evaluate.bootstrap_counts(torch.tensor([[tp, fn], [fp, tn]]))
+        correct, true, predicted = evaluate.bootstrap_counts(torch.tensor([[tp, fn], [fp, tn]]).to_sparse())
         return evaluate.percentile_estimate((2 * correct / (true + predicted))[0])
 
     covered = coverage(lambda tp, fn, fp, tn: evaluate.f1_estimate(tp, tp + fn, tp + fp), 20_000)
