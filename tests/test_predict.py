@@ -601,8 +601,9 @@ def test_an_exported_model_is_this_program_without_it(trained, classify, images,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "vit_b_16", "swin_t", "convnext_tiny"])
-@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+@pytest.mark.parametrize(
+    "suffix, arch", [("pt2", "mobilenet_v3_small"), ("onnx", "vit_b_16"), ("pt2", "swin_t"), ("onnx", "convnext_tiny")]
+)
 def test_export_of_other_networks(tmp_path, suffix, arch):
     network = load_pretrained(arch, "none", 3, 32, None, 0)
     model = InferenceModel(network, torch.device("cpu"), "fp32")
