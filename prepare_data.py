@@ -50,12 +50,12 @@ EUROSAT_URL = (
 )
 EUROSAT_MD5 = "c8fa014336c82ac7804f0398fcb19387"
 REQUEST_FILE = ".prepared.json"  # in OUT: the request from which the tree was made
-# Formats that other programs read.
+# Image formats that this program does not read.
 OTHER_FORMATS = (".avif", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jp2", ".jpx", ".jxl", ".psd", ".tga")
 # Headings of --labels. With two columns, that of the class may have another name.
 PATH_HEADINGS = ("path", "file", "filename", "file_name", "filepath", "image", "image_id", "image_path", "id", "name")
 CLASS_HEADINGS = ("class", "label", "category")
-# An archive may unpack to this many times its own size, and always to the minimum. Images hardly compress.
+# An archive may unpack to this many times its size, or to UNPACK_MINIMUM bytes if that is more: images hardly compress.
 UNPACK_RATIO, UNPACK_MINIMUM = 20, 1 << 30
 MAX_UNDECLARED = 1 << 34  # bytes of a download whose length its server does not declare
 SLOW_SECONDS = 60  # a download ends if it is slower than 1 KiB/s for so long
@@ -80,9 +80,10 @@ class Record:
 class Contents:
     """The files of a source."""
 
-    images: list[tuple[PurePosixPath, str]]  # path inside the source, and the file on disk that has its content
-    folders: set[PurePosixPath]  # of an archive only those that are listed or have files other than images
-    others: collections.Counter[str]  # number of files that are not images, by extension
+    # Path inside the source, and the file on disk that has its content.
+    images: list[tuple[PurePosixPath, str]] = field(default_factory=list)
+    folders: set[PurePosixPath] = field(default_factory=set)  # of an archive, those listed or with other files
+    others: collections.Counter[str] = field(default_factory=collections.Counter)  # files not images, by extension
     unreadable: list[Record] = field(default_factory=list)  # folders, each with the reason
 
 
@@ -135,8 +136,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if sum(map(bool, (args.source, args.url, args.synthetic))) > 1:
         parser.error("--source, --url and --synthetic exclude each other")
-    if bool(args.url) != bool(args.sha256 or args.md5):
-        parser.error("--url and a checksum (--sha256 or --md5) must be given together")
+    if [bool(args.url), bool(args.sha256) + bool(args.md5)] not in ([False, 0], [True, 1]):
+        parser.error("--url needs a checksum, either --sha256 or --md5, and these need --url")
     if args.link == "hard" and (not args.source or args.source.is_file()):
         parser.error("--link hard is only for a --source folder; all other images are unpacked or drawn into OUT")
     if args.update and (args.force or args.per_class):
@@ -195,6 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             contents = list_folder(source) if source.is_dir() else unpack(source, staging / "files")
         show_other_files(contents.others)
+        if not contents.images:
+            raise UserError(f"no images in {source}; expected <class>/<image> with one of the usual extensions")
         found = label_images(contents, args.labels) if args.labels else find_classes(contents, source)
         checked = check_images(found + contents.unreadable)
         tree = read_splits_csv(out / "splits.csv") if args.update and (out / "splits.csv").is_file() else []
@@ -209,8 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     result |= summarize(records) | {"not_images": contents.others.total(), "rejected": len(rejected)}
     show_counts(result["counts"])
     if rejected:
-        place = "in rejected.csv" if result["changed"] else "by --dry-run"
-        log(f"left out {len(rejected)} file{'s' * (len(rejected) > 1)}, listed {place}")
+        where = "listed above" if args.dry_run else "listed in rejected.csv" if result["changed"] else "as before"
+        log(f"left out {len(rejected)} file{'s' * (len(rejected) > 1)}, {where}")
     state = "not written, because of --dry-run" if args.dry_run else "written" if result["changed"] else "unchanged"
     print_json(result, f"{args.out}: {result['images']:,} images of {result['classes']} classes, {state}")
 
@@ -236,7 +239,10 @@ def remove_tree(folder: Path) -> None:
     (folder / "splits.csv").unlink(missing_ok=True)
     for path in folder.iterdir() if folder.exists() else ():
         if path.name != REQUEST_FILE:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -248,9 +254,9 @@ def describe_request(args: argparse.Namespace) -> dict:
         source, out = args.source.resolve(), args.out.resolve()
         if out == source or out in source.parents or source in out.parents:
             raise UserError(f"--source {args.source} and --out {args.out} overlap; choose another --out")
-        files = [args.source]
-        if args.source.is_dir():
-            files = [Path(root, name) for root, names in walk_folders(args.source) for name in names]
+        files = [source]
+        if source.is_dir():
+            files = [Path(root, name) for root, names in walk_folders(source) for name in names]
         statuses = [(file, file.stat() if file.exists() else file.lstat()) for file in files]  # a link may be broken
         lines = "".join(f"{os.fsencode(file)!r} {status.st_size} {status.st_mtime_ns}\n" for file, status in statuses)
         content = hashlib.sha256(lines.encode()).hexdigest()
@@ -284,9 +290,8 @@ def is_complete(out: Path, request: dict, force: bool, update: bool) -> bool:
     except (OSError, ValueError, TypeError, RecursionError):
         previous = {}
     different = [key for key in request if previous.get(key) != request[key]]
-    lists = [f"the list of --{key} differs" for key in ("splits", "labels") if key in different]
-    shown = [key for key in different if key not in ("content", "splits", "labels")]
-    details = ", ".join([*(f"{key} was {previous.get(key)}, is {request[key]}" for key in shown), *lists])
+    changed = {"content": "the source has changed", "splits": "--splits has changed", "labels": "--labels has changed"}
+    details = ", ".join(changed.get(key, f"{key} was {previous.get(key)}, is {request[key]}") for key in different)
     growing = {"source", "content", "labels"}  # what --update takes new images from
     if update:
         if fixed := [key for key in different if key not in {*growing, "on_bad"}]:
@@ -296,8 +301,7 @@ def is_complete(out: Path, request: dict, force: bool, update: bool) -> bool:
         advice = "choose another --out, or replace it with --force"
         if set(different) <= growing:
             advice = f"add the new images with --update, {advice}"
-        reason = details or "the source has changed since"
-        raise UserError(f"{out} exists, but was made from another request ({reason}); {advice}")
+        raise UserError(f"{out} exists, but was made from another request ({details}); {advice}")
     if missing := [row.path for row in read_splits_csv(out / "splits.csv") if not os.path.exists(row.file)]:
         raise UserError(f"{len(missing)} images of {out} are missing ({some(missing, 1)}); make it again with --force")
     return True
@@ -310,11 +314,11 @@ def read_splits_csv(path: Path) -> list[Record]:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             for row in csv.DictReader(file):
                 place, class_name, split, sha256 = (row[key] or "" for key in ("path", "class", "split", "sha256"))
-                parts, file_name = PurePosixPath(place).parts, f"{path.parent}/{place}"
-                inside = file_name == os.path.join(path.parent, *parts) and ".." not in parts
+                parts = PurePosixPath(place).parts
+                inside = bool(parts) and place == "/".join(parts) and not {"..", "/"} & set(parts) and "\0" not in place
                 if not inside or not is_class_name(class_name) or split not in SPLITS or not sha256:
                     raise ValueError("not a row that this program writes")
-                record = Record(place, file_name, class_name, parts[-1], split, sha256, in_tree=True)
+                record = Record(place, f"{path.parent}/{place}", class_name, parts[-1], split, sha256, in_tree=True)
                 record.group = row.get("group")
                 records.append(record)
     except (KeyError, ValueError, csv.Error):
@@ -333,29 +337,30 @@ def download(url: str, algorithm: str, checksum: str, out: Path) -> Path:
     if out.name.casefold() in (archive.name.casefold(), partial.name.casefold()):
         raise UserError(f"--out {out} would be in the way of the download {archive}; choose another --out")
     advice = "download it elsewhere and pass it with --source FILE, or draw a demonstration set with --synthetic"
-    if archive.exists():
-        if hash_file(archive, algorithm) != checksum:
-            advice = f"remove it to download it again, or use it with --source {archive}"
-            raise UserError(f"{archive} exists, but its {algorithm} is not {checksum}: {advice}")
-        log(f"using {archive}, which was downloaded before")
+    with hold_lock(out.with_name(f".{name}.lock")):  # another run may download the same file for another OUT
+        if archive.exists():
+            if hash_file(archive, algorithm) != checksum:
+                advice = f"remove it to download it again, or use it with --source {archive}"
+                raise UserError(f"{archive} exists, but its {algorithm} is not {checksum}: {advice}")
+            log(f"using {archive}, which was downloaded before")
+            return archive
+        try:
+            with name_errors(partial):
+                is_whole = fetch(url, partial)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if partial.exists() and not partial.stat().st_size:
+                partial.unlink()
+            elif partial.exists():
+                advice = f"run the same command again to continue, or {advice}"
+            raise UserError(f"cannot download {url}: {one_line(error)}; {advice}") from None
+        if (found := hash_file(partial, algorithm)) != checksum:
+            result = "if the connection was cut, run the same command again to continue"
+            if is_whole:
+                result = "the download was removed"
+                partial.unlink()
+            raise UserError(f"{url} has {algorithm} {found}, not {checksum}: {result}; {advice}")
+        partial.replace(archive)
         return archive
-    try:
-        with name_errors(partial):
-            is_whole = fetch(url, partial)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        if partial.exists() and not partial.stat().st_size:
-            partial.unlink()
-        elif partial.exists():
-            advice = f"run the same command again to continue, or {advice}"
-        raise UserError(f"cannot download {url}: {one_line(error)}; {advice}") from None
-    if (found := hash_file(partial, algorithm)) != checksum:
-        result = "if the connection was cut, run the same command again to continue"
-        if is_whole:
-            result = "the download was removed"
-            partial.unlink()
-        raise UserError(f"{url} has {algorithm} {found}, not {checksum}: {result}; {advice}")
-    partial.replace(archive)
-    return archive
 
 
 def fetch(url: str, path: Path) -> bool:
@@ -371,33 +376,29 @@ def fetch(url: str, path: Path) -> bool:
         if error.code == 416:  # the requested range is empty: the file is complete
             return True
         raise
-    with response:
-        if response.status != 206:  # not a partial response: the file from its beginning
-            present = 0
-        length = response.headers.get("Content-Length")
-        total = present + int(length or 0)
-        most = total if length else MAX_UNDECLARED
-        size, since, before = present, time.monotonic(), present
-        progress = Progress(f"download {path.stem}", total >> 10, "KiB", every=10)
-        with open(path, "ab" if present else "wb") as file, progress:
+    with response, open(path, "ab" if response.status == 206 else "wb") as file:  # 206: only the rest
+        declared = response.headers.get("Content-Length")
+        most = int(declared) if declared else MAX_UNDECLARED
+        received, before, since = 0, 0, time.monotonic()
+        with Progress(f"download {path.stem}", int(declared or 0) >> 10, "KiB", every=10) as progress:
             while block := response.read1(1 << 18):  # what has arrived
-                size += len(block)
-                if size > most:
-                    raise OSError(f"more than {most} bytes arrive")
+                received += len(block)
+                if received > most:
+                    raise OSError(f"the server sends more than {most} bytes")
                 file.write(block)
-                progress.update((size >> 10) - progress.done)
+                progress.update((received >> 10) - progress.done)
                 if time.monotonic() - since > SLOW_SECONDS:
-                    if size - before < 1024 * SLOW_SECONDS:
+                    if received - before < 1024 * SLOW_SECONDS:
                         raise OSError(f"less than 1 KiB/s arrived for {SLOW_SECONDS} seconds")
-                    since, before = time.monotonic(), size
-    if size < total:
-        raise OSError(f"the connection ended after {size} of {total} bytes")
-    return bool(length) or size == present
+                    since, before = time.monotonic(), received
+    if received < int(declared or 0):
+        raise OSError(f"the connection ended after {received} of {declared} bytes")
+    return bool(declared) or not received
 
 
 def list_folder(source: Path) -> Contents:
     """List the files of a source folder."""
-    contents, errors = Contents([], set(), collections.Counter()), []
+    contents, errors = Contents(), []
     for root, names in walk_folders(source, errors.append):
         folder = PurePosixPath(Path(root).relative_to(source))
         images = [name for name in names if is_image_name(name)]
@@ -416,7 +417,7 @@ def unpack(source: Path, folder: Path) -> Contents:
     Raises UserError for an archive that is damaged, has links or paths that lead out of it, or is far larger unpacked.
     """
     folder.mkdir()
-    contents = Contents([], set(), collections.Counter())
+    contents = Contents()
     room = max(UNPACK_MINIMUM, UNPACK_RATIO * source.stat().st_size)
     with explain_damage(source), Progress(f"unpack {source.name}", None, "files", every=10) as progress:
         for name, is_folder, size, open_entry in archive_entries(source):
@@ -528,7 +529,7 @@ TEXTURES = {
 def draw_textures(folder: Path, per_class: int, seed: int) -> Contents:
     """Draw `per_class` tiles of 64x64 pixels of each class of TEXTURES; the same seed draws the same tiles."""
     folder.mkdir()
-    contents = Contents([], set(), collections.Counter())
+    contents = Contents()
     with Progress("draw", per_class * len(TEXTURES), every=10) as progress:
         for name, texture in TEXTURES.items():
             for number in range(1, per_class + 1):
@@ -556,15 +557,13 @@ def draw_texture(rng: random.Random, dark: tuple, light: tuple, columns: int, ro
 
 
 def find_classes(contents: Contents, source: Path | None) -> list[Record]:
-    """Return a record for each image. Its class is the first folder below those that contain most of the images.
+    """Return a record for each image. Its class is the name of its folder, below those that nearly all images share.
 
     If train/ is at that level and has class folders, the level is that of the split. An image outside the class folders
-    and a class folder without images get a reason to be left out. Raises UserError for a source without images, with
-    fewer than two classes, or with classes that are called like splits.
+    and a class folder without images get a reason to be left out. Raises UserError for a source with fewer than two
+    classes, or with classes that are called like splits.
     """
     all_parts = [path.parts for path, _ in contents.images]
-    if not all_parts:
-        raise UserError(f"no images in {source}; expected <class>/<image> with one of the usual extensions")
 
     def below(level: int) -> list[tuple[str, ...]]:  # images in a folder at this level of their paths
         return [parts for parts in all_parts if len(parts) > level + 1]
@@ -608,7 +607,7 @@ def require_two_classes(records: list[Record], where: str) -> None:
 
 
 def reject_taken_names(records: list[Record], keep_splits: bool) -> None:
-    """Give a reason to each record whose name in the tree is that of another one, also if only upper case differs.
+    """Give a reason to each record whose file name in the tree is taken, ignoring case.
 
     Unless they keep the splits that they have, images of all splits need different names.
     """
@@ -667,7 +666,7 @@ def label_images(contents: Contents, labels: Path) -> list[Record]:
             "list each image once, with its folders if there are several of that name"
         )
     if not listed:
-        example = f"the first name is {missing[0].path}, an image of the source is {next(iter(index.paths), 'missing')}"
+        example = f"the first name is {missing[0].path}, an image of the source is {contents.images[0][0]}"
         raise UserError(f"--labels {labels}: none of its {len(missing)} names fits an image of the source: {example}")
     records = []
     for path, file in contents.images:
@@ -810,7 +809,7 @@ def choose_records(args: argparse.Namespace, checked: list[Record], tree: list[R
     contents = group_by(records, "sha256").values()
     if repeated := len(records) - len(contents):
         names = some(f"{group[1].path} = {group[0].path}" for group in contents if len(group) > 1)
-        log(f"{repeated} images repeat the content of another one, and are assigned to the same split: {names}")
+        log(f"{repeated} images repeat the content of another one: {names}")
     warn_of_leaks("images", contents)
     if args.group_by:
         warn_of_leaks("groups", group_by(records, "group").values())
@@ -901,32 +900,27 @@ def assign_listed_splits(records: list[Record], splits: Path) -> None:
         for record in records:  # the class may not be the folder above the image
             found = index.by_end[f"{record.class_name}/{PurePosixPath(record.path).name}"]
             found += [record.path] * (record.path not in found)
-        for part, line in read_split_lists(splits):
-            found = index.find("/".join(PurePosixPath(line).parts[-2:]))
-            if not found:
-                missing.append(line)
-            elif len(found) > 1 or by_path[found[0]].split:
-                repeated.append(line)
-            else:
-                by_path[found[0]].split = part
+        for file in (splits / f"{part}.txt" for part in SPLITS):
+            lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if file.is_file() else []
+            for line in filter(None, map(str.strip, lines)):
+                found = index.find("/".join(PurePosixPath(line).parts[-2:]))
+                if not found:
+                    missing.append(line)
+                elif len(found) > 1 or by_path[found[0]].split:
+                    repeated.append(line)
+                else:
+                    by_path[found[0]].split = file.stem
     unlisted = [record.path for record in records if record.split is None and record.reason is None]
-    kinds = (missing, "are not in the source"), (repeated, "are repeated"), (unlisted, "of the source are not listed")
-    if details := [f"{len(names)} names {what} ({some(names, 3)})" for names, what in kinds if names]:
+    kinds = (missing, "names are not in the source"), (repeated, "names are listed twice, or fit several images")
+    kinds += ((unlisted, "images of the source are not listed"),)
+    if details := [f"{len(names)} {what} ({some(names, 3)})" for names, what in kinds if names]:
         raise UserError(f"--splits {splits} does not fit the source: {'; '.join(details)}")
-
-
-def read_split_lists(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield (split, line) for the lines of train.txt, val.txt and test.txt that are not empty."""
-    for part in SPLITS:
-        file = folder / f"{part}.txt"
-        lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if file.is_file() else []
-        yield from ((part, line.strip()) for line in lines if line.strip())
 
 
 def sample(records: list[Record], count: int, seed: int) -> list[Record]:
     """Return `count` random images of each class (and split, if they have one), all with different content."""
     chosen = []
-    for _, members in sorted(group_by(records, "class_name", "split").items()):
+    for members in group_by(records, "class_name", "split").values():
         contents = group_by(members, "sha256")
         chosen += [contents[sha256][0] for sha256 in shuffled(contents, seed)[:count]]
     return chosen
@@ -1032,7 +1026,7 @@ def report_groups(units: dict[str, list[Record]], sizes: dict[str, int], shares:
     Raises UserError if a class has no images for train, or a split has no images.
     """
     total, largest = sum(sizes.values()), max(units.values(), key=len)
-    log(f"{len(units)} groups; the largest, with {largest[0].group}, has {len(largest)} of {total} images")
+    log(f"{len(units)} groups; the largest ({largest[0].group}) has {len(largest)} of {total} images")
     members = {part: collections.Counter() for part in SPLITS}
     for record in chain.from_iterable(units.values()):
         members[record.split][record.class_name] += 1
@@ -1082,7 +1076,7 @@ def build_tree(records: list[Record], rejected: list[Record], request: dict, lin
 def link_file(source: str, target: str, or_copy: bool) -> None:
     """Make a hard link. If that is not possible, copy the file, or raise UserError."""
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # of a link, its target: a relative link would lead nowhere
     except OSError as error:
         if not or_copy:
             raise UserError(f"--link hard: cannot link {source}: {error.strerror}; use --link copy") from None

@@ -188,7 +188,7 @@ def test_splits_csv_and_published_lists(prepare, source, tmp_path):
     (lists / "train.txt").write_text(train.split("\n", 1)[1] + "ghost 1.png\n" + test.split("\n")[0] + "\n")
     message = prepare("--source", archive, "--out", tmp_path / "c", "--splits", lists, code=2).error[0]
     assert "1 names are not in the source (ghost 1.png)" in message
-    assert "1 names are repeated" in message and "1 names of the source are not listed" in message
+    assert "1 names are listed twice, or fit several" in message and "1 images of the source are not listed" in message
     (lists / "train.txt").write_text(train)
     (source / "red" / "red 0.png").write_bytes(b"no image")
     skipped = ["--splits", lists, "--on-bad", "skip"]
@@ -343,7 +343,7 @@ def test_contradictions_can_be_left_out(prepare, source, tmp_path):
     shutil.copy(source / "green" / "green 0.png", source / "green" / "again.png")
     dry = prepare(*args, "--dry-run")
     assert dry.json["rejected"] == 5 and "left out: blue/wood 0.png (also in green/again.png as green" in dry.err
-    assert "listed by --dry-run" in dry.err
+    assert "left out 5 files, listed above" in dry.err
     result = prepare(*args, "--on-bad", "skip").json
     assert (result["images"], result["rejected"]) == (20 + 25 + 20 + 3 - 5, 5)
     reasons = rejected(tmp_path / "out")
@@ -494,7 +494,7 @@ def test_labels(prepare, source, tmp_path, separator, heading, start, by):
     }
     assert {Path(row["path"]).name.replace("__", "/") for row in rows(tmp_path / "out")} == set(classes)
     (tmp_path / "labels.csv").write_text("\n".join(lines[:-1]))
-    assert "the list of --labels differs" in prepare(*args, code=2).error[0]
+    assert "(--labels has changed)" in prepare(*args, code=2).error[0]
 
 
 def test_splits_csv_as_labels(prepare, source, tmp_path):
@@ -507,6 +507,19 @@ def test_splits_csv_as_labels(prepare, source, tmp_path):
     assert all(before[key]["split"] == after[key]["split"] for key in before)
     changed = [key for key in before if before[key]["class"] != after[key]["class"]]
     assert [Path(after[key]["path"]).name for key in changed] == ["red 3.png"]
+
+
+def test_labels_with_some_splits(prepare, source, tmp_path):
+    """Some lines have a split; the images are also sampled. From another folder, it is the same source."""
+    lines = [
+        f"{path},{name},{'test' * (i % 5 == 0)}"
+        for i, (path, name) in enumerate(flat_source(source, tmp_path / "flat").items())
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    args = ["--labels", tmp_path / "labels.csv", "--out", tmp_path / "out", "--per-class", 6]
+    assert prepare("--source", tmp_path / "flat", *args).json["images"] == 3 * (4 + 6)
+    relative = os.path.relpath(tmp_path / "flat")
+    assert prepare("--source", relative, *args).json["changed"] is False
 
 
 def test_labels_and_images_that_do_not_fit(prepare, source, tmp_path):
@@ -905,6 +918,12 @@ def test_hard_links(prepare, source, tmp_path):
     assert "--source folder" in message
     prepare("--source", source, "--out", tmp_path / "out", "--link", "hard")
     assert all((tmp_path / "out" / row["path"]).stat().st_nlink == 2 for row in rows(tmp_path / "out"))
+    (tmp_path / "links" / "red").mkdir(parents=True)
+    shutil.copytree(source / "blue", tmp_path / "links" / "blue")
+    for image in (source / "red").iterdir():
+        (tmp_path / "links" / "red" / image.name).symlink_to(f"../../source/red/{image.name}")
+    prepare("--source", tmp_path / "links", "--out", tmp_path / "linked", "--link", "hard")
+    assert not any((tmp_path / "linked" / row["path"]).is_symlink() for row in rows(tmp_path / "linked"))
 
 
 def test_dry_run_writes_nothing(prepare, source, tmp_path, monkeypatch):
