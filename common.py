@@ -109,7 +109,7 @@ class UserError(Exception):
 class ImageError(UserError):
     """An image that cannot be read. `reason` is the message without the path."""
 
-    def __init__(self, path: str | Path, reason: str | None) -> None:
+    def __init__(self, path: str | Path, reason: str) -> None:
         self.path, self.reason = str(path), one_line(reason)
         super().__init__(f"cannot read image {self.path}: {self.reason}")
 
@@ -183,10 +183,10 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
 
 
 def leave_at_once_on_failure(main: Callable[[], int]) -> int:
-    """Run one of several processes; end it without cleaning up if it fails, that is, raises or returns a code but 0.
+    """Run one of several processes; end it without cleaning up if it raises, or returns an exit code other than 0.
 
-    What libraries do when Python exits would wait for the other processes, which wait for this one; when it is gone,
-    torchrun ends them.
+    The exit handlers of libraries would wait for the other processes, and these for this one: a deadlock. Once this
+    process is gone, torchrun ends the others.
     """
     code = 1
     try:
@@ -223,13 +223,13 @@ def defer_signals() -> Iterator[None]:
     if pending_signals is not None:  # nested: the outer block handles the signal
         yield
         return
-    pending_signals = []
+    pending_signals = received = []
     try:
         yield
-        if pending_signals:
-            raise KeyboardInterrupt(128 + pending_signals[0])
     finally:
         pending_signals = None
+        if received:
+            raise KeyboardInterrupt(128 + received[0])
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -283,24 +283,17 @@ fraction = number_type(float, "a number between 0 and 1", lambda value: 0 <= val
 seed_number = number_type(int, "a whole number between 0 and 2^63 - 1", lambda value: 0 <= value < 1 << 63)
 
 
-def add_hardware_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the options of every script that runs a model: --device, --precision, --workers. Returns their group."""
-    group = parser.add_argument_group("hardware")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: CUDA, else MPS, else CPU)")
-    group.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="of the network; auto: bf16 where the processor supports it natively, else fp16 on NVIDIA GPUs from 7.0 "
-        "(not for fine-tuning), else fp32, which never means TF32; a model that was trained in fp32 stays in fp32",
+def add_hardware_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every script that runs a model: --device, --precision, --workers."""
+    add = parser.add_argument_group("hardware").add_argument
+    add("--device", help="cpu, cuda, cuda:1, mps (default: CUDA, else MPS, else CPU)")
+    precision = (
+        "of the network; auto: bf16 where the processor supports it natively, else fp16 on NVIDIA GPUs from 7.0 "
+        "(not for fine-tuning), else fp32, which never means TF32; a model that was trained in fp32 stays in fp32"
     )
-    group.add_argument(
-        "--workers",
-        type=positive_int,
-        metavar="N",
-        help="threads that read images (default: 2 per core, at most 16; fewer when fine-tuning on a CPU)",
-    )
-    return group
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=precision)
+    workers = "threads that read images (default: 2 per core, at most 16; fewer when fine-tuning on a CPU)"
+    add("--workers", type=positive_int, metavar="N", help=workers)
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
@@ -313,16 +306,10 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 
 def default_cache() -> Path | None:
-    """Return the default of --cache, in the user's cache folder; None if others can write the only one left."""
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # without a home, as in some containers: among the temporary files of all users
-        base = Path(tempfile.gettempdir(), f"transfer-learning-{(user := getattr(os, 'getuid', int)())}")
-        with contextlib.suppress(OSError):
-            base.mkdir(mode=0o700)
-        if not base.exists() or (base.lstat().st_uid, base.lstat().st_mode & ~0o7700) != (user, stat.S_IFDIR):
-            return None  # somebody else may have made it, to plant features
-    return base / "transfer-learning" / "features"
+    """Return the default of --cache, in the user's cache folder; None for a user without a home."""
+    with contextlib.suppress(RuntimeError):  # as in some containers
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "transfer-learning", "features")
+    return None
 
 
 def log(message: str, stamp: bool = True, every_rank: bool = False, redraw: bool = False) -> None:
@@ -385,7 +372,7 @@ class Progress:
 def remove_leftovers(folder: Path, pattern: str = "*", age: float = 0) -> None:
     """Remove the temporary files of `atomic_write` for names like `pattern` that are at least `age` seconds old.
 
-    Killed runs leave them behind; only their age, or a lock, tells them from those of a run that is still going.
+    Killed runs leave them behind. Running processes have such files too: pass an age, or hold a lock.
     """
     for leftover in folder.glob(f".{pattern}.{'[0-9a-f]' * 8}.tmp"):
         with contextlib.suppress(OSError):  # another run may have removed it
@@ -420,7 +407,7 @@ def to_json_text(value: Any, indent: int | None = None) -> str:
 
 
 def print_json(result: dict, summary: str = "") -> None:
-    """Print the result of a script as a line on stdout. That its reader is gone does not change the exit code.
+    """Print the result of a script as a line on stdout. A closed pipe does not change the exit code.
 
     A summary, for people, is logged as the last message; with one, the line is left out if stdout is a terminal.
     """
@@ -452,7 +439,7 @@ def name_errors(path: str | Path) -> Iterator[None]:
 def csv_writer(file: IO[str]) -> Any:
     """Make the csv.writer that all scripts use, with a line feed at the end of each line."""
 
-    class LineFeedFile:  # the option lineterminator="\n" would leave carriage returns unquoted in Python 3.10
+    class LineFeedFile:  # with lineterminator="\n", Python 3.10 would not quote cells with a carriage return
         def write(self, line: str) -> None:
             file.write(line.removesuffix("\r\n") + "\n")
 
@@ -476,7 +463,10 @@ def new_figure(width: float, height: float) -> Any:
 
 @functools.cache
 def fit_text(text: str) -> tuple[str, str]:
-    """Return a text, and the file of a font that has its letters; those that no font has are escaped, not boxes."""
+    """Return a text, and the file of a font that has its letters.
+
+    If no font has all of them, those that the default font lacks are escaped, in place of boxes.
+    """
     from matplotlib import font_manager, ft2font
 
     default = font_manager.findfont(font_manager.FontProperties())
@@ -547,9 +537,10 @@ def acquire_lock(path: Path) -> IO[str]:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-            file.close()  # its last holder has just removed it: try again with a new file
+            with contextlib.suppress(FileNotFoundError):  # its last holder has just removed it
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+            file.close()  # try again with a new file
         except (BlockingIOError, PermissionError):
             file.close()
             raise LockedError(f"another run holds {path}; wait for it to end") from None
@@ -573,7 +564,7 @@ def hash_file(path: str | Path, algorithm: str = "sha256") -> str:
 def require_regular_file(path: str | Path) -> None:
     """Raise OSError for a file that does not exist, and for pipes and devices, which may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "a folder that cannot be read, or not a regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file, or a folder that cannot be read", str(path))
 
 
 def read_content(path: str | Path) -> bytes:
@@ -583,26 +574,22 @@ def read_content(path: str | Path) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise ImageError(path, "no such file" if error.errno == errno.ENOENT else error.strerror) from None
+        raise ImageError(
+            path, "no such file" if error.errno == errno.ENOENT else error.strerror or str(error)
+        ) from None
 
 
 def hash_images(paths: Sequence[str], workers: int | None = None) -> list[str]:
     """Return the SHA-256 of each file's content. Raises ImageError for a file that cannot be read.
 
-    A plain loop is fastest as long as the files are small and near; threads read large files and slow disks.
+    Threads read chunks of files: with one file at a time, they would wait for each other.
     """
 
-    def read(path: str) -> str:
-        return hashlib.sha256(read_content(path)).hexdigest()
+    def read(chunk: list[str]) -> list[str]:
+        return [hashlib.sha256(read_content(path)).hexdigest() for path in chunk]
 
-    hashes: list[str] = []
-    seconds = 0.0  # per file
-    while len(hashes) < len(paths) and seconds < 2e-4:
-        chunk, start = paths[len(hashes) : len(hashes) + 64], time.perf_counter()
-        hashes += map(read, chunk)
-        seconds = (time.perf_counter() - start) / len(chunk)
     with ThreadPoolExecutor(reader_threads(workers)) as executor:
-        return hashes + list(executor.map(read, paths[len(hashes) :]))
+        return list(chain.from_iterable(executor.map(read, in_batches(paths, 64))))
 
 
 def short_hashes(sha256: Sequence[str]) -> torch.Tensor:
@@ -635,7 +622,7 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", "
 IMAGE_EXTENSIONS += (".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
 LARGE_IMAGE = 25_000_000  # pixels; an image takes up to 12 bytes a pixel until it is resized
 large_image = threading.Lock()  # held by the thread that reads a larger one, so that one at a time is in memory
-reading = threading.local()  # `scope`, in a thread that reads images: what an image in it holds until it is dropped
+reading = threading.local()  # `scope` in a thread that reads images: holds the lock until the image is resized
 SPLITS = ("train", "val", "test")
 MAX_IMAGE_SIZE = 4096  # pixels per side of the images that a network takes
 View = tuple[int, bool]  # quarter turns counterclockwise, and whether the image is mirrored first
@@ -768,7 +755,9 @@ def list_split(folder: Path, classes: list[str] | None = None) -> tuple[list[str
         raise UserError(f"{folder} has no class folders; expected {folder}/<class>/<image>")
     names = classes if classes is not None else found
     if unknown := [name for name in found if name not in names]:
-        raise UserError(f"{folder} has classes that are unknown (known are {len(names)}): {', '.join(unknown[:5])}")
+        raise UserError(
+            f"{folder} has class folders that are not among the {len(names)} known classes: {', '.join(unknown[:5])}"
+        )
     paths, targets = [], []
     for name in found:
         images = list(find_images(folder / name))
@@ -791,8 +780,8 @@ def read_known(image: tuple[str, str], size: int | None = None) -> Image.Image:
 def preprocess(images: Sequence[Image.Image], preprocessing: dict) -> torch.Tensor:
     """Turn RGB images into squares: uint8 [B, 3, s, s].
 
-    They are resized to s = `size`, unless all are squares with the same side, not above `size`: then that is s, and
-    `resize` follows on the device of the network, with the same result.
+    If all images are squares of one side s <= `size`, they stay as they are, and are resized on the device of the
+    network, with the same result. Otherwise they are resized to s = `size`.
     """
     parts = []
     for image in images:
@@ -838,29 +827,12 @@ def resize(pixels: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
     return resize_by_products(pixels, size, interpolation)
 
 
-def resize_by_products(
-    pixels: torch.Tensor, size: int, interpolation: str, find_weights: Callable[..., torch.Tensor] | None = None
-) -> torch.Tensor:
-    """Resize uint8 pixels [B, 3, h, w] like torchvision on a CPU: rows, then columns, each rounded: [B, 3, size, size].
-
-    It is a product of matrices for each, in float32, in which these weights and their sums are exact (except for
-    images several times as large as `size`, of which a pixel in a hundred thousand may differ by 1).
-    """
-    find_weights = find_weights or cached_resize_weights
-    rows, columns = (find_weights(side, size, interpolation, pixels.device) for side in pixels.shape[2:])
-
-    def rounded(values: torch.Tensor) -> torch.Tensor:
-        return values.add_(0.5).floor_().clamp_(0, 255)
-
-    return rounded(rows @ rounded(pixels.float() @ columns.T)).to(torch.uint8)
-
-
 def resize_weights(
     old: int, new: int, interpolation: str, device: torch.device, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Return the weights [new, old] of torch's resize of uint8 images, float32, computed in `dtype` (default: float64).
 
-    They have as many binary places as leave the largest, taken as an integer, within 15 bits.
+    They are rounded to fixed point, with as many binary places as keep the largest below 2^15, as in torch.
     """
     identity = torch.eye(old, dtype=dtype or torch.float64)[None, None]
     weights = torch.nn.functional.interpolate(identity, (new, old), mode=interpolation, antialias=True)[0, 0]
@@ -869,6 +841,22 @@ def resize_weights(
 
 
 cached_resize_weights = functools.cache(resize_weights)  # so that they are sent to a GPU only once
+
+
+def resize_by_products(
+    pixels: torch.Tensor, size: int, interpolation: str, weights_of: Callable[..., torch.Tensor] = cached_resize_weights
+) -> torch.Tensor:
+    """Resize uint8 pixels [B, 3, h, w] like torchvision on a CPU: rows, then columns, each rounded: [B, 3, size, size].
+
+    It is a product of matrices for each, in float32, in which these weights and their sums are exact (except for
+    images several times as large as `size`, of which a pixel in a hundred thousand may differ by 1).
+    """
+    rows, columns = (weights_of(side, size, interpolation, pixels.device) for side in pixels.shape[2:])
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return values.add_(0.5).floor_().clamp_(0, 255)
+
+    return rounded(rows @ rounded(pixels.float() @ columns.T)).to(torch.uint8)
 
 
 def apply_view(images: torch.Tensor, view: View) -> torch.Tensor:
@@ -1071,6 +1059,8 @@ def pick_device(name: str | None) -> torch.device:
     try:
         torch.ones(1, device=device).add(1).item()
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{device_name(device)} cannot compute with torch {torch.__version__}: {one_line(error)[:200]}; install a "
             "build of torch for this GPU (pytorch.org/get-started/previous-versions), or use --device cpu"
@@ -1081,8 +1071,8 @@ def pick_device(name: str | None) -> torch.device:
 def unusable_gpu() -> str | None:
     """Return why torch cannot use this machine's NVIDIA GPU; None if there is none, or if it is hidden on purpose."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
-    traces = "/dev/nvidiactl", "/proc/driver/nvidia/version"  # the second one is there in containers without GPUs too
-    if hidden or torch.version.hip or not (any(map(os.path.exists, traces)) or torch.cuda.device_count()):
+    driver_files = "/dev/nvidiactl", "/proc/driver/nvidia/version"  # the second also in containers without GPUs
+    if hidden or torch.version.hip or not (any(map(os.path.exists, driver_files)) or torch.cuda.device_count()):
         return None
     try:
         torch.cuda.init()
@@ -1127,7 +1117,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     elif name == "bf16" and device.type == "cuda" and not bf16:
         raise UserError(f"--precision bf16: {device_name(device)} does not support it; use fp16 or fp32")
     elif name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16: processors are slow at it; use bf16 or fp32")
+        raise UserError("--precision fp16: slow on a processor; use bf16 or fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
@@ -1321,13 +1311,13 @@ def find_weights(arch: str, weights: str | None) -> PretrainedWeights:
     if not Path(name).exists():
         raise UserError(f"--weights {name}: neither a file nor one of {', '.join(names)}, none")
     content = read_torch_file(name)
-    if not is_checkpoint(content):
+    if content.get("format") != CHECKPOINT_FORMAT:
         return PretrainedWeights(name, content, preprocessing)
     checkpoint, hashes = read_checkpoint(name), {}
     if checkpoint.arch != arch:
         raise UserError(f"{name} is a {checkpoint.arch}; pass --arch {checkpoint.arch}")
     fine_tuned = checkpoint.args.get("finetune", "head") != "head"
-    # A frozen backbone has seen no images, unless the checkpoint remembers more than it was trained on.
+    # A frozen backbone has seen no images, unless it came from another checkpoint, whose images are listed too.
     if fine_tuned or len(checkpoint.train_hashes) > checkpoint.metrics.get("measured", {}).get("train", 0):
         hashes = {"train_hashes": checkpoint.train_hashes, "val_hashes": checkpoint.val_hashes}
     preprocessing = {"resize": "crop", **checkpoint.preprocessing}
@@ -1338,7 +1328,7 @@ def find_weights(arch: str, weights: str | None) -> PretrainedWeights:
 def entry_preprocessing(entry: Any) -> dict:
     """Return the preprocessing with which the weights of a torchvision weights entry were trained.
 
-    Only that they were trained on crops is not taken over: whole images give better features.
+    Except for `resize`: the weights were trained on crops, but whole images give better features.
     """
     transform = entry.transforms()
     preprocessing = {"size": transform.crop_size[0], "resize": "squish", "interpolation": transform.interpolation.value}
@@ -1547,7 +1537,7 @@ def average_views(logits: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def fold_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
-    """Fold each BatchNorm of a model in eval mode into the convolution before it. The model given is used up."""
+    """Fold each BatchNorm of a model in eval mode into the convolution before it. Changes the model: use the result."""
     try:
         return importlib.import_module("torch.fx.experimental.optimization").fuse(model, inplace=True)
     except torch.fx.proxy.TraceError:  # torch.fx cannot trace this forward: the model is right as it is, only slower
@@ -1596,7 +1586,7 @@ def extract_features(
     count = sum(len(batch.views) * len(batch.rows) for batch in missing)
     if known := sum(math.prod(shape[:2]) for shape in shapes) - count:
         log(f"features: {known} remembered in {cache.folder}, {count} to compute")
-    # Batches after which the results are collected, which a GPU and other processes have to wait for.
+    # Number of batches between two collections of results: a GPU and other processes wait during one.
     interval = 1 if WORLD_SIZE == 1 and model.device.type == "cpu" else max(1, 4096 // model.batch_size)
     computed = compute_features(model, requests, missing[RANK::WORLD_SIZE], workers)
     try:
@@ -1672,7 +1662,7 @@ def allocate_features(shape: tuple[int, ...], dtype: torch.dtype, folder: Path |
 
 
 def relative_residuals(features: torch.Tensor, familiarity: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return which part of standardized features [N, D] is outside the main components of those of train: [N] in 0..1.
+    """Return the share of standardized features [N, D] that lies outside the principal components of train: [N], 0..1.
 
     It is large for images unlike those of the training: the residual of ViM (Wang et al., CVPR 2022), divided by the
     norm. `familiarity` is that of a checkpoint.
@@ -1787,7 +1777,7 @@ class FeatureCache:
         return None
 
     def add(self, view: View, hashes: list[str], rows: torch.Tensor) -> None:
-        """Remember rows [N, D]. They are written every 64 MB per view, every five minutes, and by `flush`."""
+        """Remember rows [N, D]. They are written when a view has 64 MB, every five minutes, and by `flush`."""
         if self.writable:
             pending = self.pending.setdefault(view, [])
             pending.append((hashes, rows))
@@ -1831,10 +1821,9 @@ class FeatureCache:
         if self.folder is None:
             return
         with contextlib.suppress(OSError):  # another run may prune at the same time
-            # Whatever else is in the folder is not ours.
             folders = [folder for folder in self.folder.glob("[0-9a-f]" * 32) if folder.is_dir()]
             for folder in folders:
-                remove_leftovers(folder, f"{'[0-9a-f]' * 64}.pt", age=86400)
+                remove_leftovers(folder, CACHE_FILES, age=86400)
             files = [file for folder in folders for file in folder.glob(CACHE_FILES)]
             files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in files)
             total = sum(size for _, size, _ in files)
@@ -1871,15 +1860,15 @@ class Checkpoint(Network):
     date: str | None = None  # when it was trained; None likewise
 
 
-# What a file may contain: levels of dicts and lists, their items in all, and characters of a text, such as a path.
+# What a file may contain: levels of dicts and lists, their items in all, and bytes of a text, such as a path.
 MAX_DEPTH, MAX_ITEMS, MAX_TEXT = 10, 10**7, 4096
 
 
 def read_torch_file(path: str | Path) -> dict:
     """Read a dict with string keys by torch.load(weights_only=True), which runs no code from the file.
 
-    Raises UserError for a file that is missing, damaged (also by a single bit) or holds something else, for one that
-    would take more memory than its own size, and for values that no training writes (see `unusual_value`).
+    Raises UserError for a file that is missing, damaged (where torch has written it, even by a single bit) or holds
+    something else, for one that would take more memory than its own size, and for what `check_values` refuses.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} is not a regular file" if Path(path).exists() else f"no such file: {path}")
@@ -1894,38 +1883,38 @@ def read_torch_file(path: str | Path) -> dict:
     except (PermissionError, UserError):
         raise
     except Exception as error:  # pickle, zipfile and torch raise a dozen kinds for a damaged file
+        if is_out_of_memory(error):
+            raise
         if "unsupported global" in str(error).lower() or "unsupported class" in str(error).lower():
             raise UserError(f"refused to load {path}: it contains more than plain values, and could run code") from None
         raise UserError(f"{path} is damaged, or not a PyTorch file") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path} does not contain a dict of tensors by name, but a {type(content).__name__}")
-    depth, items, level = 0, 0, [content]
-    while level:  # level by level: recursion would be bounded by the interpreter, and a value may contain itself
-        if problem := next(filter(None, map(unusual_value, level)), None):
-            raise UserError(f"refused to load {path}: it contains {problem}")
-        containers = [value for value in level if isinstance(value, (dict, list, tuple, set))]
-        depth, items = depth + 1, items + sum(map(len, containers))
-        if depth > MAX_DEPTH or items > MAX_ITEMS:
-            raise UserError(f"refused to load {path}: it contains values that are nested too deeply, or are too many")
-        level = list(chain.from_iterable(containers))
-        level += chain.from_iterable(value.values() for value in containers if isinstance(value, dict))
+    try:
+        check_values(content)
+    except ValueError as error:
+        problem = "a text that is not Unicode" if isinstance(error, UnicodeError) else error
+        raise UserError(f"refused to load {path}: it contains {problem}") from None
     return content
 
 
-def unusual_value(value: Any) -> str | None:
-    """Return what is wrong with a value that no training writes, and for which other code is not prepared, or None."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8", "surrogateescape")  # which the names of files always allow
-        except UnicodeEncodeError:
-            return "a text that is not Unicode"
-        return f"a text of {len(value)} characters" if len(value) > MAX_TEXT else None
-    if isinstance(value, (int, float)):
-        return None if abs(value) < 1 << 64 else "a number that is not finite, or too large"
-    if torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu":
-        stored = value.untyped_storage().nbytes()
-        return f"a tensor of {value.nbytes} bytes, of which {stored} are stored" if value.nbytes > stored else None
-    return None
+def check_values(content: dict) -> None:
+    """Raise ValueError for values that no training writes, and for which other code is not prepared."""
+    depth, items, level = 0, 0, [content]
+    while level:  # level by level: recursion would be bounded by the interpreter, and a value may contain itself
+        for value in level:
+            if isinstance(value, str) and len(value.encode("utf-8", "surrogateescape")) > MAX_TEXT:  # or not Unicode
+                raise ValueError(f"a text of {len(value)} characters")
+            if isinstance(value, (int, float)) and not abs(value) < 1 << 64:
+                raise ValueError("a number that is not finite, or too large")
+            if is_dense(value) and value.nbytes > (stored := value.untyped_storage().nbytes()):
+                raise ValueError(f"a tensor of {value.nbytes} bytes, of which {stored} are stored")
+        containers = [value for value in level if isinstance(value, (dict, list, tuple, set))]
+        depth, items = depth + 1, items + sum(map(len, containers))
+        if depth > MAX_DEPTH or items > MAX_ITEMS:
+            raise ValueError("values that are nested too deeply, or are too many")
+        level = list(chain.from_iterable(containers))
+        level += chain.from_iterable(value.values() for value in containers if isinstance(value, dict))
 
 
 def write_torch_file(path: Path, content: dict) -> None:
@@ -1936,15 +1925,10 @@ def write_torch_file(path: Path, content: dict) -> None:
         file.write(buffer.getbuffer())
 
 
-def is_checkpoint(content: dict) -> bool:
-    """Return whether a file's content is a checkpoint of train.py."""
-    return content.get("format") == CHECKPOINT_FORMAT
-
-
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint of train.py, with its model in eval mode on the CPU. Raises UserError for any other file."""
     content = read_torch_file(path)
-    if not is_checkpoint(content):
+    if content.get("format") != CHECKPOINT_FORMAT:
         what = "a file of another program"
         if content.get("format") == RUN_FORMAT:
             what = "the state of an unfinished run; pass the model.pt beside it"
@@ -1977,59 +1961,54 @@ def invalid_fields(content: dict) -> list[str]:
     def is_size(value: Any) -> bool:
         return is_number(value, 0, MAX_IMAGE_SIZE + 1, (int,))
 
+    def is_tensor(value: Any, dtype: torch.dtype, dims: int) -> bool:
+        return is_dense(value) and value.dtype == dtype and value.dim() == dims and bool(value.isfinite().all())
+
     def are_hashes(value: Any) -> bool:
-        return torch.is_tensor(value) and value.dtype == torch.uint8 and value.dim() == 2 and value.shape[1] == 8
+        return is_tensor(value, torch.uint8, 2) and value.shape[1] == 8
+
+    def are_channels(value: Any, low: float) -> bool:
+        return isinstance(value, list) and len(value) == 3 and all(is_number(number, low) for number in value)
 
     def is_familiarity(value: Any) -> bool:
-        shapes = {"mean": 1, "scale": 1, "components": 2, "residuals": 1}
-        return value is None or (
-            isinstance(value, dict)
-            and all(torch.is_tensor(value.get(key)) and value[key].dim() == size for key, size in shapes.items())
-            and all(value[key].dtype == torch.float32 and value[key].isfinite().all() for key in shapes)
-            and len(value["mean"]) == len(value["scale"]) == len(value["components"])
-            and len(value["residuals"]) > 0
-        )
-
-    def is_channels(value: Any, low: float) -> bool:
-        return isinstance(value, list) and len(value) == 3 and all(is_number(number, low) for number in value)
+        dims = {"mean": 1, "scale": 1, "components": 2, "residuals": 1}
+        if not isinstance(value, dict) or not all(is_tensor(value.get(key), torch.float32, dims[key]) for key in dims):
+            return False
+        return len(value["mean"]) == len(value["scale"]) == len(value["components"]) and len(value["residuals"]) > 0
 
     dicts = ("model_kwargs", "preprocessing", "state_dict", "metrics", "args", "versions")
     if wrong := [name for name in dicts if not isinstance(content.get(name), dict)]:
         return wrong
-    kwargs, preprocessing, metrics = (content[name] for name in ("model_kwargs", "preprocessing", "metrics"))
-    measured = metrics.get("measured", {})
-    classes, views, num_classes = content.get("classes"), content.get("views"), kwargs.get("num_classes")
+    get, kwargs, preprocessing = content.get, content["model_kwargs"], content["preprocessing"]
+    classes, views, metrics = get("classes"), get("views"), content["metrics"]
     kinds = {"num_classes": int, "image_size": int, "aux_logits": bool, "transform_input": bool}
+    are_kwargs = "num_classes" in kwargs and all(kinds.get(key) is type(value) for key, value in kwargs.items())
     are_names = isinstance(classes, list) and all(isinstance(name, str) and len(name) < 256 for name in classes)
+    are_distinct = are_names and 0 < len(set(classes)) == len(classes)
+    measured = metrics.get("measured", {})
+    counts = measured.values() if isinstance(measured, dict) else [None]
     valid = {
-        "version": is_number(content.get("version"), 0, FORMAT_VERSION + 1, (int,)),
-        "arch": isinstance(content.get("arch"), str),
-        "classes": are_names
-        and 0 < len(set(classes)) == len(classes)
-        and (type(num_classes) is not int or num_classes == len(classes)),
-        "model_kwargs": "num_classes" in kwargs
-        and all(kinds.get(key) is type(kwargs[key]) for key in kwargs)
-        and is_size(kwargs.get("image_size", 1)),
+        "version": is_number(get("version"), 0, FORMAT_VERSION + 1, (int,)),
+        "arch": isinstance(get("arch"), str),
+        "classes": are_distinct and (not are_kwargs or len(classes) == kwargs["num_classes"]),
+        "model_kwargs": are_kwargs and is_size(kwargs.get("image_size", 1)),
         "size": is_size(preprocessing.get("size")),
         "resize": preprocessing.get("resize", "crop") in ("squish", "crop"),
         "interpolation": preprocessing.get("interpolation") in ("nearest", "nearest-exact", "bilinear", "bicubic"),
-        "mean": is_channels(preprocessing.get("mean"), -math.inf),
-        "std": is_channels(preprocessing.get("std"), 0),
-        "temperature": is_number(content.get("temperature"), 0.01, 100),
-        "temperature_tta": is_number(content.get("temperature_tta"), 0.01, 100),
-        "date": isinstance(content.get("date"), (str, type(None))),
+        "mean": are_channels(preprocessing.get("mean"), -math.inf),
+        "std": are_channels(preprocessing.get("std"), 0),
+        "temperature": is_number(get("temperature"), 0.01, 100),
+        "temperature_tta": is_number(get("temperature_tta"), 0.01, 100),
+        "date": isinstance(get("date"), (str, type(None))),
         "args": isinstance(content["args"].get("changed", {}), dict),
-        "views": isinstance(views, list)
-        and set(map(repr, views)) <= set(map(repr, VIEWS["dihedral"]))
-        and len(views) > 0,
+        "views": isinstance(views, list) and views and set(map(repr, views)) <= set(map(repr, VIEWS["dihedral"])),
         "metrics": all(is_number(metrics.get(key, 0)) for key in ("epoch", "head_epochs"))
         and is_number(metrics.get("alpha", 0), -1, 2)
-        and isinstance(measured, dict)
-        and all(is_number(count, 0, kinds=(int,)) for count in measured.values()),
-        "train_hashes": are_hashes(content.get("train_hashes")),
-        "val_hashes": are_hashes(content.get("val_hashes")),
-        "familiarity": is_familiarity(content.get("familiarity")),
-        "native_size": content.get("native_size") is None or is_number(content["native_size"], 0, kinds=(int,)),
+        and all(is_number(count, 0, kinds=(int,)) for count in counts),
+        "train_hashes": are_hashes(get("train_hashes")),
+        "val_hashes": are_hashes(get("val_hashes")),
+        "familiarity": get("familiarity") is None or is_familiarity(get("familiarity")),
+        "native_size": get("native_size") is None or is_number(get("native_size"), 0, kinds=(int,)),
     }
     return [name for name, is_valid in valid.items() if not is_valid]
 
@@ -2068,14 +2047,10 @@ def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path: str 
             return "of the wrong shape"
         return None if value.to(dtype).isfinite().all() else "with values that are not finite"
 
-    problems: dict[str, list[str]] = {}
-    for key in {**own, **state_dict}:
-        if kind := problem(key):
-            problems.setdefault(kind, []).append(str(key))
+    problems = [f"{key} ({kind})" for key in {**own, **state_dict} if (kind := problem(key))]
     if problems:
-        lists = {kind: ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "") for kind, keys in problems.items()}
-        details = "; ".join(f"{len(problems[kind])} keys {kind} ({names})" for kind, names in lists.items())
-        raise UserError(f"{path} does not fit the architecture {arch}: {details}")
+        listed = ", ".join(problems[:5]) + (", ..." if len(problems) > 5 else "")
+        raise UserError(f"{path} does not fit the architecture {arch}: {len(problems)} keys do not fit: {listed}")
     update_weights(model, {key: state_dict[key].to(own[key].dtype).contiguous() for key in own}, assign=True)
 
 

@@ -512,11 +512,9 @@ def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: It
             raise UserError(f"--export {file}: {problem}; a newer version may be able to") from None
         difference = max_difference(classifier, images, run)
     if not difference <= EXPORT_TOLERANCE:
-        problem = (
-            f"the probabilities differ by up to {difference:.3g} from those of this program on {len(images)} images"
-        )
+        problem = f"on {len(images)} images its probabilities differ from those of this program by up to "
         version = f"torchvision {torchvision.__version__}; 0.21 resizes differently on some processors"
-        raise UserError(f"--export {file}: {problem}, so nothing was written ({version})")
+        raise UserError(f"--export {file}: not written, because {problem}{difference:.3g} ({version})")
     with atomic_write(file, "wb") as stream:
         stream.write(content)
     log(f"wrote {file}; on {len(images)} {origin} images its probabilities differ by at most {difference:.1e}")
@@ -531,7 +529,7 @@ def exportable_model(classifier: Classifier, resize_dtype: torch.dtype) -> torch
     """
     model, preprocessing = classifier.model, classifier.model.preprocessing
     size = preprocessing["size"]
-    find_weights = functools.partial(resize_weights, dtype=resize_dtype)
+    weights_of = functools.partial(resize_weights, dtype=resize_dtype)
 
     class ExportableModel(torch.nn.Module):  # defined inside the function, because torch is imported lazily
         def __init__(self) -> None:
@@ -547,7 +545,7 @@ def exportable_model(classifier: Classifier, resize_dtype: torch.dtype) -> torch
                 steps = torch.arange(side, device=images.device)
                 images = images.index_select(2, (height - side) // 2 + steps)
                 images = images.index_select(3, (width - side) // 2 + steps)
-            pixels = resize_by_products(images, size, preprocessing["interpolation"], find_weights)
+            pixels = resize_by_products(images, size, preprocessing["interpolation"], weights_of)
             normalized = (pixels - self.mean) / self.std
             views = [self.head(self.backbone(apply_view(normalized, view))) for view in classifier.views]
             averaged = torch.stack([logits.log_softmax(1) for logits in views]).logsumexp(0)
@@ -646,9 +644,7 @@ class SceneMap(NamedTuple):
     classes: torch.Tensor  # index into names, int64 [rows, columns]
     probabilities: torch.Tensor  # of the most probable class, float64 [rows, columns]
     percent: list[float]  # of the scene's area, for each name
-    expected_percent: list[
-        float
-    ]  # the mean probability of each class over the area, whether or not UNKNOWN is answered
+    expected_percent: list[float]  # mean probability of each class over the area, also where the answer is UNKNOWN
     tile: int  # side of a tile in pixels of the scene
     cell: int  # side of a cell
     tiles: int  # how many were classified

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -15,7 +14,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -222,11 +220,11 @@ def test_weights_that_do_not_fit(run, trained, tree, tmp_path):
     torch.save(more, tmp_path / "more.pth")
     for file, words in (
         ("numbers.pth", "by name"),
-        ("other.pth", "missing (conv1.weight"),
+        ("other.pth", "conv1.weight (missing)"),
         ("other.pth", "it looks like mobilenet_v3_small"),
         ("list.pth", "a list"),
         ("text.pth", "damaged"),
-        ("more.pth", "unknown (extra.weight)"),
+        ("more.pth", "extra.weight (unknown)"),
         (trained.model, "--arch resnet18"),
     ):
         arch = "resnet50" if file == trained.model else "resnet18"
@@ -446,28 +444,16 @@ def test_damaged_cache_is_a_warning(run, tree, tmp_path):
     assert same_model(tmp_path / "first", tmp_path / "second")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs the permissions of folders")
-def test_without_a_home_the_cache_is_private(run, tree, tmp_path, monkeypatch):
-    """A folder among the temporary files is used only if nobody else can have put features into it."""
+def test_without_a_home_there_is_no_cache(run, tree, tmp_path, monkeypatch):
+    """Not among the temporary files either, where others could put features into it."""
 
     def no_home():
         raise RuntimeError
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    args = ["--data", tree, "--epochs", 1, *TINY]
-    run("train", *args, "--out", tmp_path / "first")
-    folder = tmp_path / f"transfer-learning-{os.getuid()}"
-    assert folder.stat().st_mode & 0o777 == 0o700
-    assert "114 remembered" in run("train", *args, "--out", tmp_path / "out").err
-    folder.chmod(0o777)
-    assert "remembered" not in run("train", *args, "--out", tmp_path / "out").err
-    folder.chmod(0o700)
-    other = os.getuid() + 1
-    monkeypatch.setattr(os, "getuid", lambda: other)
-    folder.rename(tmp_path / f"transfer-learning-{other}")
-    assert "remembered" not in run("train", *args, "--out", tmp_path / "out").err
+    args = ["--data", tree, "--epochs", 1, *TINY, "--out", tmp_path / "out"]
+    assert "remembered" not in run("train", *args).err + run("train", *args).err
 
 
 def test_cache_is_bounded_and_may_be_unwritable(run, tree, tmp_path):
