@@ -849,7 +849,8 @@ def summarize_history(history: History) -> dict[str, Any]:
     _, low, high = accuracy_gap(history, other)
     rows = [row for row in history.rows if not math.isnan(row[loss])] or [best]
     lowest = min(rows, key=lambda row: row[loss])
-    falling = kind == "best" and len(rows) > 1 and lowest is best is rows[-1]
+    earlier = [row[loss] for row in rows[: -math.ceil(len(rows) / 4)]]  # without the last quarter
+    falling = kind == "best" and lowest is best is rows[-1] and best[loss] < 0.99 * min(earlier, default=0)
     words = f"{history.name}: the {kind} epoch is {best['epoch']} of {epochs}."
     if not math.isnan(gap):
         if low is None:

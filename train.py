@@ -108,8 +108,6 @@ TUNE_HELP = (
     "try N settings of learning rate, weight decay, label smoothing and epochs (up to --epochs) side by side, then "
     "train with the best on val; results in OUT/tune.csv and OUT/tune.png"
 )
-
-
 AUDIT_HELP = (
     "before training, look for wrong labels and for near-duplicates in different splits or classes, with the features "
     "of the frozen network: OUT/audit.csv, audit.png, duplicates.csv and duplicates.png, the most suspicious first. "
@@ -149,10 +147,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--class-weights", choices=("balanced",), help=weights)
     add("--augment", choices=(*VIEWS, "strong"), nargs="+", help=AUGMENT_HELP)
     add("--patience", type=positive_int, metavar="N", help="stop after N epochs without improvement on val")
-    minutes = (
-        "shorten the schedule to finish within M minutes; the feature pass, one epoch and what is measured in the "
-    )
-    minutes += "end always complete"
+    minutes = "shorten the schedule to finish within M minutes; the feature pass, the first epoch and the final "
+    minutes += "measurements always complete"
     add("--max-minutes", type=positive_float, metavar="M", help=minutes)
     add("--seed", type=seed_number, default=0, metavar="N", help="random seed")
     add = parser.add_argument_group("fine-tuning").add_argument
@@ -574,10 +570,9 @@ def read_incumbent(path: Path, dataset: Dataset, network: Network, data: Path) -
 
 def run_settings(arguments: dict, dataset: Dataset, features_key: dict) -> dict:
     """Return everything that affects the result of a run, as plain values. A run is resumed only if it is the same."""
-    no_effect = (
-        "changed audit resume restart only_if_better list_archs out workers cache no_cache cache_limit max_minutes"
-    )
-    settings = {name: value for name, value in plain_values(arguments).items() if name not in no_effect.split()}
+    no_effect = {"changed", "audit", "resume", "restart", "only_if_better", "list_archs", "out", "workers"}
+    no_effect |= {"cache", "no_cache", "cache_limit", "max_minutes"}
+    settings = {name: value for name, value in plain_values(arguments).items() if name not in no_effect}
     if arguments["finetune"] != "head":
         settings["processes"] = WORLD_SIZE
     settings["threads"] = features_key["threads"]
@@ -1060,14 +1055,13 @@ def train_linear_probe(
 def train_options(args: argparse.Namespace, dataset: Dataset, deadline: float) -> TrainOptions:
     """Return the training options of the command line."""
     names = ("batch_size", "seed", "warmup", "patience", "finetune", "backbone_lr", "clip_norm", "workers")
-    own = {name: getattr(args, name) for name in names}
-    # Pre-trained BatchNorm keeps its statistics.
-    own |= {
-        "deadline": deadline,
-        "class_weights": class_weights(dataset, args),
-        "learn_statistics": args.weights == "none",
-    }
-    return TrainOptions(test_every=min(math.ceil(args.epochs / 5), TEST_EVERY), **own)
+    return TrainOptions(
+        **{name: getattr(args, name) for name in names},
+        class_weights=class_weights(dataset, args),
+        deadline=deadline,
+        test_every=min(math.ceil(args.epochs / 5), TEST_EVERY),
+        learn_statistics=args.weights == "none",  # pre-trained BatchNorm keeps its statistics
+    )
 
 
 def class_weights(dataset: Dataset, args: argparse.Namespace) -> torch.Tensor:
@@ -1451,8 +1445,8 @@ def most_alike(
         for rows in torch.arange(len(vectors), device=vectors.device).split(512):
             similarities = vectors[rows] @ vectors.T
             equal, same_class = content[rows, None] == content, targets[rows, None] == targets
-            same_place = same_class & (equal | (splits[rows, None] == splits))
-            partners.append(similarities.masked_fill(same_place, -1).max(1).indices)
+            same_group = same_class & (equal | (splits[rows, None] == splits))
+            partners.append(similarities.masked_fill(same_group, -1).max(1).indices)
             neighbors.append(similarities.masked_fill_(equal, -1).max(1).indices)
             progress.update(len(rows))
     return torch.cat(neighbors).cpu(), torch.cat(partners).cpu()
@@ -1466,7 +1460,7 @@ class AuditedImage(NamedTuple):
     split: str
     target: int  # class index
 
-    def place(self) -> str:
+    def path_in_tree(self) -> str:
         """Return the path inside the tree, as in splits.csv."""
         return Path(self.path).relative_to(self.data).as_posix()
 
@@ -1491,7 +1485,7 @@ def write_suspects(
         image, suggested = images[number], probabilities[number].argmax().item()
         own, other = (round(probabilities[number, index].item(), 6) for index in (image.target, suggested))
         names = classes[image.target], classes[suggested]
-        rows.append((image.place(), image.split, *names, own, other, int(suspicious[number])))
+        rows.append((image.path_in_tree(), image.split, *names, own, other, int(suspicious[number])))
         if suspicious[number]:
             pictures.append(image.picture(classes, f"\nsuggested: {printable(classes[suggested])} {other:.1%}"))
     title = f"{min(SHOWN, len(pictures))} of {len(pictures)} suspicious labels"
@@ -1504,7 +1498,7 @@ def write_duplicates(out: Path, classes: list[str], images: list[AuditedImage], 
     rows, pictures = [], []
     for pair in pairs:
         both = images[pair.first], images[pair.second]
-        columns = *(image.place() for image in both), *(image.split for image in both)
+        columns = *(image.path_in_tree() for image in both), *(image.split for image in both)
         rows.append((*columns, *(classes[image.target] for image in both), round(pair.similarity, 6)))
         pictures += [image.picture(classes) for image in both]
     title = f"{min(SHOWN // 2, len(rows))} of {len(rows)} pairs of near-duplicates, side by side"

@@ -639,14 +639,16 @@ def test_overfitting_is_claimed_only_beyond_chance(run, trained, tree, tmp_path)
     args = ["--data", tree, "--out", tmp_path / "out", "--checkpoint"]
     counts = {"train": 1000, "val": 10000}
     falling = write_run(trained, tmp_path / "falling", FALLING, epoch=2, measured=counts)
+    flat = write_run(trained, tmp_path / "flat", FALLING.replace("0.7,", "0.795,"), epoch=2, measured=counts)
     other = write_run(trained, tmp_path / "other", FALLING, epoch=2, measured=counts, val_loss=0.71)
     alpha = write_run(trained, tmp_path / "alpha", FALLING, epoch=2, lr=0.2, val_loss=0.71, alpha=0.5)
-    histories = [few, many, zero, falling, other, alpha]
+    histories = [few, many, zero, falling, flat, other, alpha]
     result = run("evaluate", *args, trained.model, "--history", *histories)
-    few, many, zero, falling = result.json["curves"]
+    few, many, zero, falling, flat = result.json["curves"]
     for name in ("other", "alpha"):  # trained again and interrupted
         assert f"no training curves: {tmp_path / name / 'history.csv'} is of another run" in result.err
     assert falling["words"].endswith("30.01); the loss on val was still falling: train longer (--epochs).")
+    assert flat["words"].endswith("it overfits; the loss on val does not rise.")  # it fell by less than 1%
     assert few["gap_ci95"] == pytest.approx([-0.0289, 0.1460], abs=1e-4) and few["gap"] == pytest.approx(0.05)
     assert "a gap of 5.00 points (95% interval -2.89 to 14.60): this can be chance; the loss" in few["words"]
     assert many["gap_ci95"][0] > 0 and "it overfits; the loss" in many["words"]
