@@ -599,7 +599,7 @@ def short_hashes(sha256: Sequence[str]) -> torch.Tensor:
 
 def are_among(sha256: Sequence[str], known: torch.Tensor) -> torch.Tensor:
     """Return whether each image [N] is among those remembered as `short_hashes` [M, 8]: bool [N]."""
-    return torch.isin(short_hashes(sha256).view(torch.int64), known.view(torch.int64))[:, 0]
+    return torch.isin(short_hashes(sha256).view(torch.int64), known.contiguous().view(torch.int64))[:, 0]
 
 
 def library_versions() -> dict[str, str]:
@@ -1142,6 +1142,9 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+MEMORY_SHARE = 1 / 3  # of the machine's memory that features may take before they are mapped from a file
+
+
 def usable_memory() -> float:
     """Return the bytes that features or pixels may take: a share of the memory of the machine or container."""
     try:
@@ -1548,7 +1551,6 @@ def fold_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
 
 CACHE_FILES = "[0-9a-f]" * 64 + ".pt"  # whatever else is in the feature cache is not ours
 FILE_BYTES, MAX_SMALL_FILES = 64_000_000, 20  # smaller files are joined if they are more
-MEMORY_SHARE = 1 / 3  # of the machine's memory that features may take before they are mapped from a file
 
 
 class FeatureRequest(NamedTuple):

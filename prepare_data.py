@@ -94,8 +94,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, check which options go together, and fill in the defaults that depend on others."""
     parser = make_parser("prepare_data.py", __doc__, "python prepare_data.py --source photos.zip --out data/photos")
     add = parser.add_argument_group("source (default: download EuroSAT)").add_argument
-    source_help = "a folder, zip or tar with a folder of images per class, perhaps inside other folders; if these are"
-    add("--source", type=Path, metavar="PATH", help=f"{source_help} train/, val/ and test/, that split is kept")
+    source_help = (
+        "a folder, zip or tar with a folder of images per class, perhaps inside other folders; if these are train/, "
+        "val/ and test/, that split is kept (without val/, a part of train becomes val)"
+    )
+    add("--source", type=Path, metavar="PATH", help=source_help)
     url_help = "download a zip or tar from here (http, https, file) and keep it beside OUT; needs --sha256 or --md5"
     add("--url", help=f"{url_help}; an interrupted download is continued")
     add("--sha256", type=str.lower, metavar="SUM", help="checksum of the file at --url")
