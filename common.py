@@ -406,23 +406,23 @@ def to_json_text(value: Any, indent: int | None = None) -> str:
         raise UserError("a number in the result is not finite: the model's weights or its data are damaged") from None
 
 
-def print_json(result: dict, summary: str = "") -> None:
-    """Print the result of a script as a line on stdout. A closed pipe does not change the exit code.
+def print_json(result: dict, summary: str) -> None:
+    """Print the result of a script as a line on stdout, unless that is a terminal, and log a summary for people.
 
-    A summary, for people, is logged as the last message; with one, the line is left out if stdout is a terminal.
+    A closed pipe does not change the exit code.
     """
     with contextlib.suppress(BrokenPipeError):
-        if not summary or not sys.stdout.isatty():
+        if not sys.stdout.isatty():
             print(to_json_text(result), flush=True)
-    if summary:
-        log(summary)
+    log(summary)
 
 
-def check_output_outside(option: str, out: Path, inputs: Iterable[Path]) -> None:
-    """Raise UserError if an output is one of these files or folders, or inside of one: it would become an input."""
-    for path in inputs:
-        if out.resolve().is_relative_to(path.resolve()):
-            raise UserError(f"{option} {out} is inside the data, {path}; choose another place for it")
+def check_output_outside(option: str, out: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise UserError if an output is one of these files or folders, or inside one, and so would become an input."""
+    real = Path(os.path.realpath(out))
+    for path in filter(os.path.exists, inputs):
+        if any(os.path.exists(place) and os.path.samefile(place, path) for place in (real, *real.parents)):
+            raise UserError(f"{option} {out} would replace or be inside the input {path}; choose another place")
 
 
 @contextlib.contextmanager
@@ -624,6 +624,7 @@ LARGE_IMAGE = 25_000_000  # pixels; an image takes up to 12 bytes a pixel until 
 large_image = threading.Lock()  # held by the thread that reads a larger one, so that one at a time is in memory
 reading = threading.local()  # `scope` in a thread that reads images: holds the lock until the image is resized
 SPLITS = ("train", "val", "test")
+HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")), "seconds"]
 MAX_IMAGE_SIZE = 4096  # pixels per side of the images that a network takes
 View = tuple[int, bool]  # quarter turns counterclockwise, and whether the image is mirrored first
 # The views of each kind of augmentation; the first is the image as it is. "dihedral" has all symmetries of a square.
@@ -2015,14 +2016,14 @@ def invalid_fields(content: dict) -> list[str]:
     return [name for name, is_valid in valid.items() if not is_valid]
 
 
-def checkpoint_views(checkpoint: Checkpoint, tta: bool) -> tuple[list[View], float]:
+def checkpoint_views(checkpoint: Checkpoint, tta: bool, path: Path) -> tuple[list[View], float]:
     """Return the views to average over, with --tta those of the training, and the temperature for that average."""
     if not tta:
         return VIEWS["none"], checkpoint.temperature
     if len(checkpoint.views) == 1:
         raise UserError(
-            "--tta averages over the views that a model was trained with, and this one was trained with each image "
-            "only as it is: train with --augment flip or dihedral"
+            f"{path}: --tta averages over the views that a model was trained with, and this one was trained with each "
+            "image only as it is: train with --augment flip or dihedral"
         )
     return checkpoint.views, checkpoint.temperature_tta
 

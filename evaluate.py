@@ -34,13 +34,13 @@ from itertools import chain, combinations, cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import EXIT_BELOW_BAR, SPLITS, TTA_HELP
+from common import EXIT_BELOW_BAR, HISTORY_FIELDS, SPLITS, TTA_HELP
 from common import Checkpoint, Estimate, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Split, UserError
 from common import View
 from common import add_cache_options, add_hardware_options, are_among, atomic_write, check_output_outside
 from common import checkpoint_precision, checkpoint_views, command, defer_signals, draw_images, extract_features
-from common import few_val_images, fraction, hash_file, hash_images, hold_lock, in_batches, library_versions, list_split
-from common import log, log_device, make_parser, new_figure, paired_difference, pick_device, pick_precision, print_json
+from common import few_val_images, fraction, hash_file, hash_images, hold_lock, library_versions, list_split, log
+from common import log_device, make_parser, new_figure, paired_difference, pick_device, pick_precision, print_json
 from common import printable, read_batches, read_checkpoint, read_known, rows_per_chunk, save_figure, shorten
 from common import to_json_text, unfamiliarity, wilson, write_csv
 
@@ -140,7 +140,7 @@ def replace_report(out: Path, subfolders: list[str]) -> Iterator[Path]:
 
 
 def report_files(folder: Path) -> list[str]:
-    """Return the files of the report in a folder, relative to it, as its metrics.json lists them, itself the last."""
+    """Return the relative paths of the files of the report in a folder, as listed in its metrics.json, the last one."""
     try:
         names = json.loads((folder / "metrics.json").read_bytes())["report_files"]
         return [name for name in names if (folder / name).resolve().is_relative_to(folder.resolve())]
@@ -172,7 +172,6 @@ def metrics_content(
 
 # ---------------------------------------------------------------- input
 
-HISTORY_COLUMNS = ["lr", "seconds", *(f"{split}_{quantity}" for split in SPLITS for quantity in ("loss", "acc"))]
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # for color-blind readers too
 # Notes on splits that were used in training.
 SPLIT_NOTES = {
@@ -214,7 +213,7 @@ class History:
 
     path: Path
     name: str  # short, and different for each history
-    rows: list[dict[str, float]]  # for each epoch its number and HISTORY_COLUMNS, NaN where the file has no number
+    rows: list[dict[str, float]]  # for each epoch HISTORY_FIELDS, NaN where the file has no number
     best: dict[str, float]  # the row of the best epoch
     metrics: dict[str, Any]  # those in the model beside it; empty if there is no model
     color: str  # of its curves, if there are several histories
@@ -236,10 +235,7 @@ def read_models(paths: list[Path], tta: bool) -> list[Model]:
     models = []
     for path, name in zip(paths, short_names(paths)):
         checkpoint = read_checkpoint(path)
-        try:
-            views, temperature = checkpoint_views(checkpoint, tta)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        views, temperature = checkpoint_views(checkpoint, tta, path)
         model = Model(path, name, name if models else "", checkpoint, views, temperature)
         model.metrics = {"checkpoint_sha256": hash_file(path), "trained": checkpoint.date}
         models.append(model)
@@ -278,7 +274,7 @@ def read_history(path: Path) -> list[dict[str, float]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [
-                {"epoch": int(row["epoch"]), **{key: float(row[key] or "nan") for key in HISTORY_COLUMNS}}
+                {"epoch": int(row["epoch"]), **{key: float(row[key] or "nan") for key in HISTORY_FIELDS[1:]}}
                 for row in csv.DictReader(file)
             ]
         if not rows or any(math.isinf(value) or value > 1e9 for row in rows for value in row.values()):
@@ -359,7 +355,7 @@ class Predictions:
     def __init__(self, targets: torch.Tensor, uncalibrated: torch.Tensor, calibrated: torch.Tensor) -> None:
         """Derive all from true classes [N], and log-probabilities [N, C] without and with the temperature, float64."""
         self.targets, self.uncalibrated, self.calibrated = targets, uncalibrated, calibrated
-        self.confidence, self.predicted = calibrated.exp().max(1)  # the probability of the most probable class, and it
+        self.confidence, self.predicted = calibrated.exp().max(1)  # probability and index of the most probable class
         self.correct = self.predicted == targets
         # The number of images for each [true class, predicted class], sparse: with 10,000 classes nearly all are zero.
         cells = torch.stack([targets, self.predicted]), torch.ones_like(targets), (calibrated.shape[1],) * 2
@@ -385,7 +381,7 @@ def classify(
     for rows in torch.arange(len(targets)).split(rows_per_chunk(features)):
         logits = torch.stack([model.forward_cached(view[rows]) for view in features])
         results.append(model.log_probabilities(logits, (1, candidate.temperature)))
-    timing = f"without reading, the fastest of the batches of {count} images; views per image: {len(views)}; "
+    timing = f"fastest batch, without reading the files; {count} images; views per image: {len(views)}; "
     timing += f"{device}, {model.precision}"
     metrics = {"ms_per_image": len(views) * milliseconds, "timing": timing}
     if checkpoint.familiarity:
@@ -406,7 +402,7 @@ def check_features(
     split = request.split
     rows = random.sample(range(len(split)), min(len(split), max(CHECKED_IMAGES, 2 * model.batch_size)))
     count = max(math.ceil(len(rows) / model.batch_size), len(request.views))  # so that each view is checked
-    batches = list(in_batches(rows, math.ceil(len(rows) / count)))
+    batches = [rows[start::count] for start in range(min(count, len(rows)))]
     _, times = model.backbone, []  # the backbone is prepared outside the measured time
     items = ([(split.paths[row], split.sha256[row]) for row in batch] for batch in batches)
     reader = read_batches(items, model.preprocessing, workers, read_known)
@@ -435,7 +431,7 @@ INTERVALS = (
     "95%: Wilson's score interval for accuracy, precision and recall, and by a transformation for F1 (Lam, Gopal and "
     "Qian); Bonett and Price's for the difference of two models' accuracies; Newcombe's for the gap between the "
     f"accuracies on train and val; for balanced accuracy and macro F1, the percentiles of a bootstrap with {RESAMPLES} "
-    "resamples of the n images, which has width 0 where all resamples agree, as if nothing is wrong."
+    "resamples of the n images, which has width 0 if all resamples agree, for example without a mistake."
 )
 
 
@@ -709,9 +705,9 @@ def comparison_sentence(comparison: dict[str, Any], num_pairs: int) -> str:
     verdict = f"{a} is better than {b}" if p_holm < 0.05 else f"No evidence that {a} and {b} differ"
     holm = f", and {p_holm:.2g} after Holm's correction for {num_pairs} pairs" if num_pairs > 1 else ""
     return (
-        f"{verdict}: the observed difference in accuracy is {value} points (95% interval {low} to {high}). Only one of "
-        f"them is right on {only_a + only_b:,} images, {a} on {only_a:,} of these: p = {comparison['p']:.2g}{holm} "
-        f"({MCNEMAR})."
+        f"{verdict}: the observed difference in accuracy is {value} points (95% interval {low} to {high}). On "
+        f"{only_a + only_b:,} images only one of them is right, on {only_a:,} {a} and on {only_b:,} {b}: "
+        f"p = {comparison['p']:.2g}{holm} ({MCNEMAR})."
     )
 
 
@@ -777,18 +773,17 @@ def fairness_sentences(model: Model, images: Images) -> list[str]:
     if not file.is_file():
         return [*sentences, "Near-duplicates of training images were not looked for: train.py --audit does that."]
     own, found = {os.path.relpath(path, images.data).replace(os.sep, "/") for path in images.paths}, {}
-    with open(file, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+    with contextlib.suppress(csv.Error), open(file, newline="", encoding="utf-8", errors="surrogateescape") as stream:
         for row in csv.DictReader(stream):
-            first, second = ((row.get(f"{other}path"), row.get(f"{other}split")) for other in ("", "other_"))
-            for (path, _), (other, split) in ((first, second), (second, first)):
+            pair = [(row.get(f"{other}path"), row.get(f"{other}split")) for other in ("", "other_")]
+            for (path, _), (other, split) in (pair, pair[::-1]):
                 if path in own and split == "train":
                     found.setdefault(path, other)
-    if not found:
-        origin = model.checkpoint.args.get("data")
-        return [*sentences, f"{file.name}, which was made from {origin}, lists none of these images with train."]
-    examples = ", ".join(f"{path} and {other}" for path, other in islice(found.items(), 3))
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    text = f"{len(found):,} of these images have near-duplicates in train, by {file.name}: {examples}{more}."
+    text = f"{file.name} beside the model lists no near-duplicates of these images in train."
+    if found:
+        examples = ", ".join(f"{path} and {other}" for path, other in islice(found.items(), 3))
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        text = f"Images with near-duplicates in train, by {file.name}: {len(found):,} ({examples}{more})."
     return [*sentences, text]
 
 

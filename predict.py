@@ -36,11 +36,12 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, TiffImagePlugin
 
 from common import EXIT_SOME_UNREADABLE, TTA_HELP
 from common import Checkpoint, ImageBatch, ImageError, InferenceModel, LazyModule, Progress, UserError, View
-from common import add_hardware_options, apply_view, atomic_write, center_square, checkpoint_precision, checkpoint_views
-from common import command, crops_squares, csv_writer, find_images, fit_text, fraction, in_batches, is_image_name, log
-from common import log_device, make_parser, new_figure, one_line, open_image, pick_device, positive_int, print_json
-from common import printable, read_batches, read_checkpoint, read_image, resize_by_products, resize_weights, save_figure
-from common import shorten, to_json_text, unfamiliarity, write_csv, write_torch_file
+from common import add_hardware_options, apply_view, atomic_write, center_square, check_output_outside
+from common import checkpoint_precision, checkpoint_views, command, crops_squares, csv_writer, find_images, fit_text
+from common import fraction, in_batches, is_image_name, log, log_device, make_parser, new_figure, one_line, open_image
+from common import pick_device, positive_int, print_json, printable, read_batches, read_checkpoint, read_image
+from common import resize_by_products, resize_weights, save_figure, shorten, to_json_text, unfamiliarity, write_csv
+from common import write_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -72,10 +73,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     least = f"answer {UNKNOWN} below this probability, which is to be chosen from the report of evaluate.py --split val"
     add("--min-confidence", type=fraction, default=0.0, metavar="P", help=least)
     unfamiliar_help = (
-        f"also answer {UNKNOWN} for images that are less like those of the training than all of val but this share "
+        f"also answer {UNKNOWN} for images unlike those of the training. SHARE of the val images would be rejected too "
         "(default: 0.01; put the option last, or give SHARE). It recognizes images of another kind, but often not a "
-        "new class that is similar to the others: 0.05 caught 65 %% of EuroSAT's images shown to a model of TrashNet, "
-        "100 %% the other way round, and 0 to 60 %% of a class that was left out of the training"
+        "new class that is similar to the others"
     )
     add("--reject-unfamiliar", type=fraction, nargs="?", const=0.01, metavar="SHARE", help=unfamiliar_help)
     add("--format", choices=("table", "csv", "jsonl"), help="(default: table on a terminal, else csv)")
@@ -133,22 +133,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output("--features", args.features)
     check_output("--export", args.export, ".pt2", ".onnx")
     written = [args.out / name for name in MAP_FILES] if args.scene else [args.plot, args.features, args.export]
-    admit = functools.partial(admit_input, [file for file in written if file], args.plot)
-    admit(args.checkpoint)
-    paths = list_paths(args.images, args.null, admit)
+    check = functools.partial(check_input, [file for file in written if file], args.plot)
+    check(args.checkpoint)
+    paths = list_paths(args.images, args.null, check)
     with contextlib.suppress(AttributeError):  # file names need not be UTF-8, nor is a pipe on Windows by default
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     device = pick_device("cpu" if args.export else args.device)
     checkpoint = read_checkpoint(args.checkpoint)
     if args.scene:
-        for path in (args.scene, args.scene.parent / f"{args.scene.stem}.pgw"):  # the scene and a world file
-            admit(path)
+        check(args.scene)
         tile, stride = pick_tile(args.tile, args.stride, checkpoint.native_size)
         scene = read_scene(args.scene, tile)
     precision = "fp32" if args.export else checkpoint_precision(checkpoint, args.precision)
     model = InferenceModel(checkpoint, device, precision)
     log_device(device, [model.dtype])
-    views, temperature = checkpoint_views(checkpoint, args.tta)
+    views, temperature = checkpoint_views(checkpoint, args.tta, args.checkpoint)
     familiarity = None if args.reject_unfamiliar is None else checkpoint.familiarity
     if args.reject_unfamiliar is not None and familiarity is None:
         problem = f"{args.checkpoint} was trained by an earlier version; train the model again"
@@ -157,15 +156,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     classifier = Classifier(model, checkpoint.classes, views, temperature, familiarity, args.workers)
     if args.scene:
         args.out.mkdir(parents=True, exist_ok=True)
-        print_json(write_map(args.out, args.scene, scene, map_scene(scene, classifier, tile, stride, rejection)))
+        write_map(args.out, args.scene, scene, map_scene(scene, classifier, tile, stride, rejection))
         return 0
     if args.export:
-        print_json(export(args.export, checkpoint, classifier, paths))
+        export(args.export, checkpoint, classifier, paths)
         return 0
-    pages = PredictionPages(args.plot, classifier, rejection, args.explain) if args.plot else None
-    features = FeatureFile(args.features, checkpoint) if args.features else None
+    outputs: list[Any] = [PredictionPages(args.plot, classifier, rejection, args.explain)] if args.plot else []
+    outputs += [FeatureFile(args.features, checkpoint)] if args.features else []
     writer = RecordWriter(args.format, classifier.classes, rejection, args.top_k)
-    return print_records(classifier.classify(paths), writer, pages, features)
+    return print_records(classifier.classify(paths), writer, outputs)
 
 
 def check_output(option: str, file: Path | None, *suffixes: str) -> None:
@@ -179,27 +178,25 @@ def check_output(option: str, file: Path | None, *suffixes: str) -> None:
         raise UserError(f"{option} {file}: the name has to end in {' or '.join(suffixes)}; call it {names}")
 
 
-def admit_input(outputs: Sequence[Path], plot: Path | None, path: str | Path) -> str | Path:
+def check_input(outputs: Sequence[Path], plot: Path | None, path: str | Path) -> str | Path:
     """Return the path of an input. Raises UserError if an output would replace it, or be an image in that folder."""
-    with contextlib.suppress(OSError, ValueError):  # what cannot be found cannot be replaced
-        number = plot and re.search(r"-\d+$", Path(path).resolve().stem)  # as in the name of a later page
+    with contextlib.suppress(ValueError):  # a path with NUL, which no file can have
+        number = plot and re.search(r"-\d+$", Path(os.path.realpath(path)).stem)  # as in the name of a later page
         for file in [*outputs, *([plot.with_stem(plot.stem + number[0])] if number else [])]:
-            if file.exists() and os.path.samefile(path, file):
-                raise UserError(f"{file} would replace an input, {path}; choose another name for the output")
-            if Path(path).resolve() in file.resolve().parents and is_image_name(file.name):
-                raise UserError(f"{file} lies in {path}, where the next run would classify it; write it elsewhere")
+            if is_image_name(file.name) or not os.path.isdir(path):
+                check_output_outside("output", file, [path])
     return path
 
 
-def list_paths(arguments: list[str], null: bool, admit: Callable[[str], str]) -> Iterator[str | None]:
-    """Return the paths in files, folders and on stdin. Raises UserError for a folder without images, or for outputs."""
-    for path in map(admit, arguments):
+def list_paths(arguments: list[str], null: bool, check: Callable[[str], str]) -> Iterator[str | None]:
+    """Return the paths in files, folders and on stdin, each after `check`. Raises UserError for an empty folder."""
+    for path in map(check, arguments):
         if os.path.isdir(path) and next(find_images(path), None) is None:
             raise UserError(f"no images in folder {path}")
     found = (
         read_stdin(null) if path == "-" else find_images(path) if os.path.isdir(path) else [path] for path in arguments
     )
-    return (path and admit(path) for path in chain.from_iterable(found))
+    return (path and check(path) for path in chain.from_iterable(found))
 
 
 def read_stdin(null: bool) -> Iterator[str | None]:
@@ -238,12 +235,12 @@ class Rejection(NamedTuple):
     """When to answer UNKNOWN."""
 
     min_confidence: float  # below this probability
-    unfamiliar_share: float | None  # for images that are less like those of train than all but this share of val
+    unfamiliar_share: float | None  # for images unlike those of train; the share of val that this rejects too
 
-    def applies(self, probability: float, unfamiliar: float | None) -> bool:
-        """Return whether to answer UNKNOWN."""
-        too_unfamiliar = unfamiliar is not None and unfamiliar > 1 - self.unfamiliar_share
-        return probability < self.min_confidence or too_unfamiliar
+    def applies(self, probability: Any, unfamiliar: Any) -> Any:
+        """Return whether to answer UNKNOWN, for numbers or for tensors."""
+        unsure = probability < self.min_confidence
+        return unsure if self.unfamiliar_share is None else unsure | (unfamiliar > 1 - self.unfamiliar_share)
 
 
 class Classifier(NamedTuple):
@@ -259,8 +256,8 @@ class Classifier(NamedTuple):
     def classify(self, paths: Iterable[Any], read: Callable = read_image) -> Iterator[list[Prediction]]:
         """Yield the predictions for batches of images, in order.
 
-        A None among the paths announces a possible wait for the next one. `read` is that of `read_batches`. The next
-        batch is started before the results of the last one are fetched, so that a GPU has always something to do.
+        A None among the paths means that the next one may have to be waited for. `read` is that of `read_batches`. A
+        batch is started before the results of the previous one are fetched, so that a GPU always has something to do.
         """
         batches = in_batches(paths, self.model.batch_size)
         started = None
@@ -356,25 +353,18 @@ class FeatureFile:
         log(f"wrote {self.file}")
 
 
-def print_records(
-    batches: Iterable[list[Prediction]],
-    writer: RecordWriter,
-    pages: PredictionPages | None,
-    features: FeatureFile | None,
-) -> int:
-    """Print a record for each prediction, draw it and keep its features if that is wanted; return the exit code."""
+def print_records(batches: Iterable[list[Prediction]], writer: RecordWriter, outputs: Sequence[Any]) -> int:
+    """Print a record for each prediction, and add those of readable images to the outputs; return the exit code."""
     images = failures = 0
     for batch in batches:
         for prediction in batch:
             writer.write(prediction)
-            for output in filter(None, (pages, features) if prediction.error is None else ()):
+            for output in outputs if prediction.error is None else ():
                 output.add(prediction)
         images, failures = images + len(batch), failures + sum(prediction.error is not None for prediction in batch)
         sys.stdout.flush()
-    if pages and pages.pictures:
-        pages.save_page()
-    if features:
-        features.save()
+    for output in outputs:
+        output.save()
     if failures:
         log(f"{failures} of {images} images could not be read")
     return EXIT_SOME_UNREADABLE if failures else 0
@@ -423,10 +413,12 @@ class PredictionPages:
         thumbnail.thumbnail((360, 360))
         self.pictures.append((prediction, thumbnail))
         if len(self.pictures) == PAGE_IMAGES:
-            self.save_page()
+            self.save()
 
-    def save_page(self) -> None:
-        """Write the page and start the next one."""
+    def save(self) -> None:
+        """Write the page, if it has images, and start the next one."""
+        if not self.pictures:
+            return
         widths = [1, 1, 1.2] if self.explain else [1, 1.2]
         columns = min(2 if self.explain else 3, len(self.pictures))  # a page fits a screen without being scaled down
         rows = math.ceil(len(self.pictures) / columns)
@@ -479,8 +471,8 @@ def draw_bars(axes: Any, best: list[tuple[str, float]], unknown: bool) -> None:
 # ---------------------------------------------------------------- export
 
 
-def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: Iterable[str | None]) -> dict[str, Any]:
-    """Write the model and its preprocessing to FILE.pt2 (torch.export) or FILE.onnx; return a report.
+def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: Iterable[str | None]) -> None:
+    """Write the model and its preprocessing to FILE.pt2 (torch.export) or FILE.onnx, and print a report.
 
     The classes, the preprocessing and the form of input and output are inside as JSON: the extra file metadata.json of
     a .pt2, the metadata "classifier" of an .onnx. Raises UserError if a package is missing, if the network cannot be
@@ -517,8 +509,10 @@ def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: It
         raise UserError(f"--export {file}: not written, because {problem}{difference:.3g} ({version})")
     with atomic_write(file, "wb") as stream:
         stream.write(content)
-    log(f"wrote {file}; on {len(images)} {origin} images its probabilities differ by at most {difference:.1e}")
-    return {"export": str(file), "bytes": len(content), "images": len(images), "max_difference": difference}
+    report = {"export": str(file), "bytes": len(content), "images": len(images), "max_difference": difference}
+    print_json(
+        report, f"wrote {file}; on {len(images)} {origin} images its probabilities differ by at most {difference:.1e}"
+    )
 
 
 def exportable_model(classifier: Classifier, resize_dtype: torch.dtype) -> torch.nn.Module:
@@ -607,11 +601,12 @@ def max_difference(classifier: Classifier, images: Sequence[Image.Image], run: C
 # ---------------------------------------------------------------- map of a scene
 
 MAX_MAP_SIDE, LEGEND_ROWS, OPACITY = 4096, 30, 0.6  # pixels of map.png; names in the legend; opacity of the colors
-MAP_FILES = ("map.png", "map.csv", "map.json", "map.tif", "map.pgw")  # written, or of an earlier version and removed
+MAP_FILES = ("map.png", "map.csv", "map.json", "map.tif")
 WORLD_FILES = (".pgw", ".jgw", ".tfw", ".wld")
 GRAY = (128, 128, 128)  # the color of unknown
-# Hues like those of EuroSAT's classes, in order. A search within them maximized the least distance, from GRAY too: 0.09
-# in OKLab, blended with gray, for normal, red-blind and green-blind vision (Machado et al., 2009).
+# Hues like those of EuroSAT's classes, in order, chosen by a search that maximizes the smallest distance between two
+# colors, GRAY included: 0.09 in OKLab after blending with gray, for normal, red-blind and green-blind vision (Machado
+# et al., 2009).
 COLORS = ("ffff00", "228800", "ccaa88", "000000", "9944cc", "99ffaa", "ffaa00", "aa0033", "66ccff", "0000aa")
 
 
@@ -685,8 +680,8 @@ def read_scene(path: Path, tile: int) -> Image.Image:
             raise
         options = "-co INTERLEAVE=PIXEL -co PHOTOMETRIC=RGB"
         convert = f"gdal_translate -b 1 -b 2 -b 3 {options} {shlex.quote(str(path))} rgb.tif"
-        also = "-ot Byte -scale for floats, signed numbers, and one band, which is -b 1 -b 1 -b 1"
-        raise UserError(f"{error}; try {convert} (with {also})") from None
+        also = "For floats or signed numbers add -ot Byte -scale; for a single band write -b 1 -b 1 -b 1"
+        raise UserError(f"{error}. GDAL can convert it: {convert}. {also}") from None
     if read_georeference(path) and turned:  # programs disagree on what that means
         raise UserError(f"{path} is turned by its EXIF tag, its georeference is not: save it upright, without the tag")
     if min(image.size) < tile:
@@ -729,7 +724,7 @@ def stretch_16_bits(high: Image.Image, raw: Image.Image) -> Image.Image:
 
 
 def read_georeference(path: Path, cell: int = 1) -> dict[int, Any]:
-    """Return the TIFF tags for the place of an image whose pixels are `cell` x `cell` pixels of a scene; {} if unknown.
+    """Return the TIFF tags that georeference a map of a scene, one pixel per `cell` x `cell` pixels; {} if unknown.
 
     They come from the tags of a GeoTIFF (OGC 19-008r4), or from the world file beside the scene.
     """
@@ -784,10 +779,7 @@ def map_scene(scene: Image.Image, classifier: Classifier, tile: int, stride: int
     tiles = torch.cat([torch.cat(parts), torch.tensor(unfamiliar).double()[:, None]], 1).view(len(tops), len(lefts), -1)
     cells = torch.einsum("rt,tuc,ku->rkc", rows.cell_weights(), tiles, columns.cell_weights())
     probabilities, classes = cells[..., :-1].max(2)
-    unknown = probabilities < rejection.min_confidence
-    if rejection.unfamiliar_share is not None:
-        unknown |= cells[..., -1] > 1 - rejection.unfamiliar_share
-    classes[unknown] = len(classifier.classes)
+    classes[rejection.applies(probabilities, cells[..., -1])] = len(classifier.classes)
     areas = torch.outer(rows.cell_sizes(), columns.cell_sizes())
     expected = (100 * torch.einsum("rk,rkc->c", areas / areas.sum(), cells[..., :-1])).tolist()
     areas = torch.bincount(classes.flatten(), areas.flatten(), len(classifier.classes) + 1)
@@ -795,8 +787,8 @@ def map_scene(scene: Image.Image, classifier: Classifier, tile: int, stride: int
     return SceneMap(names, classes, probabilities, percent, expected, tile, stride, len(tops) * len(lefts))
 
 
-def write_map(folder: Path, path: Path, scene: Image.Image, scene_map: SceneMap) -> dict[str, Any]:
-    """Write map.csv, map.png, map.tif and map.json; return the content of map.json."""
+def write_map(folder: Path, path: Path, scene: Image.Image, scene_map: SceneMap) -> None:
+    """Write map.csv, map.png, map.tif and map.json, and print the content of map.json."""
     names, factor = scene_map.names, math.ceil(max(scene.size) / MAX_MAP_SIDE)
     rows, columns = scene_map.classes.shape
     place = read_georeference(path, scene_map.cell)
@@ -805,8 +797,6 @@ def write_map(folder: Path, path: Path, scene: Image.Image, scene_map: SceneMap)
     write_csv(folder / "map.csv", ("row", "column", "class", "probability"), table)
     with atomic_write(folder / "map.png", "wb") as file:
         draw_map(scene.reduce(factor), scene_map, factor).save(file, format="png")
-    if folder.resolve() != path.parent.resolve():
-        (folder / "map.pgw").unlink(missing_ok=True)  # of an earlier version
     with atomic_write(folder / "map.tif", "wb") as file:
         raster = draw_raster(scene_map)
         nodata = {42113: "255" if raster.mode == "P" else "65535"}  # GDAL's tag
@@ -821,8 +811,7 @@ def write_map(folder: Path, path: Path, scene: Image.Image, scene_map: SceneMap)
     report["classes"] = names[:-1]
     with atomic_write(folder / "map.json") as file:
         file.write(to_json_text(report, indent=2) + "\n")
-    log(f"wrote {folder}/map.png, map.csv, map.tif, map.json")
-    return report
+    print_json(report, f"wrote {folder}/map.png, map.csv, map.tif, map.json")
 
 
 def draw_raster(scene_map: SceneMap) -> Image.Image:

@@ -28,8 +28,8 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from common import CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, MAX_IMAGE_SIZE, RANK, RUN_FORMAT, SPLITS, VIEWS
-from common import WORLD_SIZE
+from common import CHECKPOINT_FORMAT, EXIT_KEPT_OLD, FORMAT_VERSION, HISTORY_FIELDS, MAX_IMAGE_SIZE, RANK, RUN_FORMAT
+from common import SPLITS, VIEWS, WORLD_SIZE
 from common import Checkpoint, FeatureCache, FeatureRequest, InferenceModel, LazyModule, Network, Progress, Split
 from common import UserError, View
 from common import add_cache_options, add_hardware_options, all_gather_list, apply_view, are_among, average_views
@@ -64,7 +64,6 @@ ALPHAS = (0.75, 0.5, 0.25, 0)  # what `interpolate` tries besides the fine-tuned
 STRONG_PARTS = 16  # parts of a batch; the images of a part share one draw of strong augmentation
 TEMPERATURE_PRIOR = 0.5  # standard deviation of the prior of log(temperature)
 MIX_MIN_IMAGES = 20_000  # with fewer training images, CutMix and MixUp do harm (Kolesnikov et al., ECCV 2020)
-HISTORY_FIELDS = ["epoch", "lr", *(f"{split}_{what}" for split in SPLITS for what in ("loss", "acc")), "seconds"]
 RUN_VERSION = 4  # format version of last.pt
 # What last.pt has of each run, as `has_form` takes it.
 ROW_FORM = dict.fromkeys(HISTORY_FIELDS, float | int | None) | {"epoch": int, "seconds": float, "measured": dict}
@@ -160,13 +159,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tune", type=positive_int, metavar="N", help=TUNE_HELP)
     seeds = "train with K seeds, report mean and standard deviation, and save the best on val"
     add("--seeds", type=positive_int, default=1, metavar="K", help=seeds)
-    parser.add_argument_group("a look at the data").add_argument("--audit", action="store_true", help=AUDIT_HELP)
+    parser.add_argument_group("data audit").add_argument("--audit", action="store_true", help=AUDIT_HELP)
     add_cache_options(parser)
     add_hardware_options(parser)
-    parser.set_defaults(strong=False)
     args = parser.parse_args(argv)
-    # What differs from the defaults, for the report.
-    args.changed = {key: str(value) for key, value in vars(args).items() if value != parser.get_default(key)}
+    changed = {key: value for key, value in vars(args).items() if value != parser.get_default(key)}  # for the report
+    args.changed = {key: " ".join(value) if isinstance(value, list) else str(value) for key, value in changed.items()}
     if args.image_size and args.image_size > MAX_IMAGE_SIZE:
         parser.error(f"--image-size {args.image_size} is above {MAX_IMAGE_SIZE}")
     if args.resume and args.restart:
@@ -179,10 +177,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args.augment = views.pop()  # from here on the name of the views alone
     if args.finetune == "head" and args.strong:
         parser.error("--augment strong needs --finetune last or all: a frozen network sees each view of an image once")
-    changed = [key for key in ("backbone_lr", "clip_norm") if getattr(args, key) != parser.get_default(key)]
     if args.finetune != "head" and args.precision == "fp16":
         parser.error("--precision fp16 is for a frozen network: fine-tune in bf16 or fp32")
-    if args.finetune == "head" and changed:
+    if args.finetune == "head" and changed.keys() & {"backbone_lr", "clip_norm"}:
         parser.error("--backbone-lr and --clip-norm need --finetune last or all")
     if args.finetune != "head" and (args.tune or args.seeds > 1):
         parser.error("--tune and --seeds need a frozen network: --finetune head")
@@ -387,12 +384,12 @@ def has_form(value: Any, form: Any) -> bool:
 
 @contextlib.contextmanager
 def refuse_damaged_state(file: Path) -> Iterator[None]:
-    """Turn whatever goes wrong in the block, which reads or restores a run, into an error that says what to do."""
+    """Report the errors of a block that reads or restores a run as a UserError that suggests --restart."""
     try:
         yield
-    except PermissionError:
-        raise
     except Exception as error:
+        if isinstance(error, PermissionError) or is_out_of_memory(error):
+            raise
         reason = error if isinstance(error, UserError) else f"the state in {file} is damaged"
         raise UserError(f"{reason}; discard it with --restart") from None
 
@@ -463,7 +460,7 @@ def warn_of_shared_images(splits: dict[str, Split], network: Network) -> None:
             )
     for name, split in splits.items():
         if name != "train" and (seen := are_among(split.sha256, network.train_hashes).sum().item()):
-            log(f"warning: {seen} of {len(split)} images of {name} were used to train --weights")
+            log(f"warning: {seen} of {len(split)} images of {name} were used to train the model given as --weights")
 
 
 def list_tree(data: Path, needs_val: list[str]) -> Dataset:
@@ -613,7 +610,8 @@ def measure_on_val(
         return None
     targets = torch.tensor([classes.index(name) for name in dataset.classes])[val.targets]
     logits = model.forward_cached(features[0][0])
-    _, loss = calibrate(logits, targets, class_weights(dataset, args)[val.targets])
+    weights = class_weights(dataset.splits["train"].targets, args.class_weights)
+    _, loss = calibrate(logits, targets, weights[val.targets])
     return ValResult(loss, logits.argmax(1) == targets)
 
 
@@ -640,9 +638,9 @@ def compare_models(old: ValResult | None, new: ValResult | None, best: Epoch, pa
         f"{new.calibrated_nll:.4f}; accuracy, new minus old: {value} points (95% interval {low} to {high}); "
         f"{'the old model is kept' if kept_old else 'it is replaced'}"
     )
-    val_acc, old_val_acc = (result.correct.double().mean().item() for result in (new, old))  # of the same images
+    new_val_acc, old_val_acc = (result.correct.double().mean().item() for result in (new, old))
     losses = {"old_val_loss_calibrated": old.calibrated_nll, "val_loss_calibrated": new.calibrated_nll}
-    return {"val_acc": val_acc, "kept_old": kept_old, "old_val_acc": old_val_acc, **losses}
+    return {"kept_old": kept_old, "new_val_acc": new_val_acc, "old_val_acc": old_val_acc, **losses}
 
 
 # ---------------------------------------------------------------- the training loop
@@ -774,7 +772,7 @@ def train_one_epoch(
     weights = learner.options.class_weights.to(learner.device)
     smoothing = torch.tensor([runs[index].hparams.label_smoothing for index in active], device=learner.device)
     losses, steps = [], learner.steps_per_epoch
-    for step, (inputs, targets, loss_weight) in enumerate(learner.train_batches(epoch)):
+    for step, batch in enumerate(learner.train_batches(epoch)):
         for group in optimizer.param_groups:
             length = min(group["epochs"], limit)
             group["lr"] = group["peak"] * lr_factor(epoch - 1 + step / steps, length, learner.options.warmup)
@@ -782,7 +780,7 @@ def train_one_epoch(
         while loss is None:
             optimizer.zero_grad()
             try:
-                loss = backward(learner, inputs, targets, active, smoothing, weights, loss_weight)
+                loss = backward(learner, batch, active, smoothing, weights)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or not learner.save_memory():
                     raise
@@ -796,15 +794,10 @@ def train_one_epoch(
 
 
 def backward(
-    learner: Learner,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    active: list[int],
-    smoothing: torch.Tensor,
-    class_weights: torch.Tensor,
-    loss_weight: float,
+    learner: Learner, batch: tuple, active: list[int], smoothing: torch.Tensor, class_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Add the gradients of a batch, computed in as many parts as the learner needs; return the losses [A]."""
+    """Add the gradients of a step of `train_batches`, in as many parts as the learner needs; return the losses [A]."""
+    inputs, targets, loss_weight = batch
     size = math.ceil(len(inputs) / learner.parts)
     losses = torch.zeros(len(active), device=learner.device)
     for part, wanted in zip(inputs.split(size), targets.split(size)):
@@ -891,12 +884,6 @@ def has_patience(run: Run, options: TrainOptions) -> bool:
     return len(run.history) - run.best.row["epoch"] < options.patience
 
 
-def balanced_weights(targets: torch.Tensor) -> torch.Tensor:
-    """Return class weights [C] with mean 1 over the images [N], so that every class has the same total weight."""
-    counts = targets.bincount()
-    return (counts.sum() / (len(counts) * counts)).float()
-
-
 def cross_entropies(
     logits: torch.Tensor, targets: torch.Tensor, smoothing: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
@@ -920,7 +907,7 @@ def calibrate(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     The logits are to be divided by the temperature (temperature scaling; Guo et al., ICML 2017). It minimizes the mean
     cross entropy with image weights [N], plus the negative logarithm of a prior, divided by the effective number of
     images: a normal distribution of log(temperature) with a standard deviation of TEMPERATURE_PRIOR. Without the prior,
-    a few images without an error would give a temperature of 0. Of several minima, it is one near 1.
+    a few images without an error would give a temperature of 0. If there are several minima, it is one near 1.
     """
     logits, own = logits.double(), logits.gather(1, targets[:, None]).double()[:, 0]
     if not logits.isfinite().all():
@@ -1057,17 +1044,17 @@ def train_options(args: argparse.Namespace, dataset: Dataset, deadline: float) -
     names = ("batch_size", "seed", "warmup", "patience", "finetune", "backbone_lr", "clip_norm", "workers")
     return TrainOptions(
         **{name: getattr(args, name) for name in names},
-        class_weights=class_weights(dataset, args),
+        class_weights=class_weights(dataset.splits["train"].targets, args.class_weights),
         deadline=deadline,
         test_every=min(math.ceil(args.epochs / 5), TEST_EVERY),
         learn_statistics=args.weights == "none",  # pre-trained BatchNorm keeps its statistics
     )
 
 
-def class_weights(dataset: Dataset, args: argparse.Namespace) -> torch.Tensor:
-    """Return the class weights [C] of the command line."""
-    balanced = args.class_weights == "balanced"
-    return balanced_weights(dataset.splits["train"].targets) if balanced else torch.ones(len(dataset.classes))
+def class_weights(targets: torch.Tensor, kind: str | None) -> torch.Tensor:
+    """Return class weights [C] with mean 1 over the images [N]; if balanced, all classes have the same total weight."""
+    counts = targets.bincount()
+    return (counts.sum() / (len(counts) * counts)).float() if kind == "balanced" else torch.ones(len(counts))
 
 
 def sample_evenly(split: Split) -> Split:
@@ -1151,6 +1138,7 @@ class LinearProbes(Learner):
     def __init__(self, head: torch.nn.Sequential, data: ProbeData, options: TrainOptions, count: int = 1) -> None:
         self.heads = [copy.deepcopy(head) for _ in range(count)]
         self.data, self.options = data, options
+        self.rows: torch.Tensor | None = None  # of the current batch, for subclasses
         self.targets = {split: labeled.targets for split, labeled in data.items()}
         self.device = head[1].weight.device
         self.steps_per_epoch = math.ceil(len(self.targets["train"]) / options.batch_size)
@@ -1165,7 +1153,7 @@ class LinearProbes(Learner):
         order = torch.randperm(len(targets), generator=generator).to(targets.device)
         views = torch.randint(len(features), targets.shape, generator=generator).to(targets.device)
         for rows in order.split(self.options.batch_size):
-            self.rows = rows  # of the batch, for subclasses
+            self.rows = rows
             yield features[views[rows], rows].to(self.device, torch.float32), targets[rows].to(self.device), 1.0
 
     def forward(self, inputs: torch.Tensor, active: list[int]) -> torch.Tensor:
@@ -1267,14 +1255,14 @@ def plot_tuning(path: Path, rows: list[dict], winner: dict) -> None:
     save_figure(path, figure)
 
 
-# ---------------------------------------------------------------- a look at the data
+# ---------------------------------------------------------------- data audit
 
 FOLDS = 5  # classifiers of the audit, each of which is not trained on its fold of the images
 SHOWN = 24  # images in audit.png and duplicates.png
 MIN_FOR_DEVIATION = 20  # images of a class from which mean and deviation are estimated
 
 
-class BlindProbes(LinearProbes):
+class OutOfFoldProbes(LinearProbes):
     """Linear classifiers, one for each fold of the images, that do not learn from the images of their fold."""
 
     def __init__(
@@ -1295,7 +1283,7 @@ class BlindProbes(LinearProbes):
             for rows in features.split(rows_per_chunk(features)):
                 yield super().forward(rows.to(self.device, torch.float32), list(range(FOLDS))).cpu()
 
-    def blind_logits(self) -> torch.Tensor:
+    def out_of_fold_logits(self) -> torch.Tensor:
         """Return the logits [N, C] of each image from the classifier that has not learned from it, on the CPU."""
         features = self.data["train"].features[0]
         chunks = zip(self.logits(features), self.folds.cpu().split(rows_per_chunk(features)))
@@ -1321,10 +1309,12 @@ def audit(model: InferenceModel, dataset: Dataset, data: ProbeData, args: argpar
     probabilities = judge_images(model, LabeledFeatures(features, targets), sha256, learned, args)
     suspects, suspicious = find_suspects(probabilities, targets, learned)
     numbers = torch.tensor([splits.index(name) for name in names])
-    pairs = find_duplicates(features[0], targets, numbers, sha256, model.dtype, model.device)
-    images = [AuditedImage(args.data, *values) for values in zip(paths, names, targets.tolist())]
+    pairs = find_duplicates(features[0], targets, numbers, sha256, model)
+    in_tree = [Path(path).relative_to(args.data).as_posix() for path in paths]
+    labels = [dataset.classes[target] for target in targets.tolist()]
+    images = list(map(AuditedImage, paths, in_tree, names, labels))
     write_suspects(args.out, dataset.classes, images, suspects, suspicious, probabilities)
-    write_duplicates(args.out, dataset.classes, images, pairs)
+    write_duplicates(args.out, images, pairs)
     log(
         f"audit: {suspicious.sum()} of {len(paths)} labels are suspicious ({args.out / 'audit.csv'}), and {len(pairs)} "
         f"pairs of near-duplicates are in different splits or classes ({args.out / 'duplicates.csv'}); the data are "
@@ -1347,15 +1337,15 @@ def judge_images(
     head = standardized_head(model.head, labeled.features)
     ones = torch.ones(model.head.out_features)
     options = TrainOptions(args.batch_size, args.seed, ones)
-    probes = BlindProbes(head, labeled, folds, options)
+    probes = OutOfFoldProbes(head, labeled, folds, options)
     hparams = HParams(HEAD_LR, 0.0, 0.0, head_epochs(len(own), args.batch_size))
     fit(probes, [Run(hparams, args.seed)] * FOLDS, [])
-    blind = probes.blind_logits()
-    temperature, _ = calibrate(blind, targets[own], ones[targets[own]])
-    probabilities = torch.empty(len(targets), blind.shape[1], dtype=torch.float64)
-    probabilities[own] = (blind.double() / temperature).softmax(1)
+    logits = probes.out_of_fold_logits()
+    temperature, _ = calibrate(logits, targets[own], ones[targets[own]])
+    probabilities = torch.empty(len(targets), logits.shape[1], dtype=torch.float64)
+    probabilities[own] = (logits.double() / temperature).softmax(1)
     if len(other := (~learned).nonzero()[:, 0]):
-        averages = [average_views(logits.unbind(1)) for logits in probes.logits(features[0, other])]
+        averages = [average_views(part.unbind(1)) for part in probes.logits(features[0, other])]
         probabilities[other] = (torch.cat(averages) / temperature).softmax(1)
     return probabilities
 
@@ -1390,17 +1380,12 @@ class Pair(NamedTuple):
 
 
 def find_duplicates(
-    features: torch.Tensor,
-    targets: torch.Tensor,
-    splits: torch.Tensor,
-    sha256: list[str],
-    dtype: torch.dtype,
-    device: torch.device,
+    features: torch.Tensor, targets: torch.Tensor, splits: torch.Tensor, sha256: list[str], model: InferenceModel
 ) -> list[Pair]:
     """Return near-duplicates in different splits or classes, the most alike first; not equal files of one class.
 
-    Takes features [N, D], and class and split indices [N]. All pairs are compared on the device in `dtype`, and the
-    most alike of each image once more in float32.
+    Takes features [N, D], and class and split indices [N]. All pairs are compared on the device and in the precision of
+    the model, and the most alike of each image once more in float32.
 
     A pair is a near-duplicate if its similarity stands out from that of the images of both classes with their nearest
     neighbors. Fisher's transformation makes these similarities nearly normal, with a mean and deviation of each class
@@ -1414,7 +1399,7 @@ def find_duplicates(
         parts = ((vectors[rows] * vectors[others[rows]]).sum(1) for rows in torch.arange(len(vectors)).split(4096))
         return torch.cat(list(parts)).clamp(-0.999999, 0.999999).atanh()
 
-    neighbors, partners = most_alike(vectors.to(device, dtype), targets, splits, sha256)
+    neighbors, partners = nearest_neighbors(vectors.to(model.device, model.dtype), targets, splits, sha256)
     scores, candidates = fisher(neighbors), fisher(partners)
     thresholds = torch.zeros(int(targets.max()) + 1)
     for label in targets.unique().tolist():
@@ -1430,7 +1415,7 @@ def find_duplicates(
     return sorted(pairs.values(), key=lambda pair: -pair.similarity)
 
 
-def most_alike(
+def nearest_neighbors(
     vectors: torch.Tensor, targets: torch.Tensor, splits: torch.Tensor, sha256: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return for each of the normalized vectors [N, D] the most alike, and the most alike in another split or class.
@@ -1455,19 +1440,15 @@ def most_alike(
 class AuditedImage(NamedTuple):
     """An image of the data set."""
 
-    data: Path  # the tree
     path: str
+    path_in_tree: str  # as in splits.csv
     split: str
-    target: int  # class index
+    label: str  # name of its class
 
-    def path_in_tree(self) -> str:
-        """Return the path inside the tree, as in splits.csv."""
-        return Path(self.path).relative_to(self.data).as_posix()
-
-    def picture(self, classes: list[str], note: str = "") -> tuple[str, str]:
+    def picture(self, note: str = "") -> tuple[str, str]:
         """Return the path, and a caption with name, split, class and a note."""
-        name, class_name = printable(Path(self.path).name)[-24:], printable(classes[self.target])
-        return self.path, f"{name} ({self.split})\nclass: {class_name}{note}"
+        name = printable(Path(self.path).name)[-24:]
+        return self.path, f"{name} ({self.split})\nclass: {printable(self.label)}{note}"
 
 
 def write_suspects(
@@ -1478,29 +1459,29 @@ def write_suspects(
     suspicious: torch.Tensor,
     probabilities: torch.Tensor,
 ) -> None:
-    """Write audit.csv, and draw its first images in audit.png."""
+    """Write audit.csv, and draw the most suspicious images in audit.png."""
     header = "path split class suggested probability_of_class probability_of_suggested suspicious"
     rows, pictures = [], []
     for number in suspects:
-        image, suggested = images[number], probabilities[number].argmax().item()
-        own, other = (round(probabilities[number, index].item(), 6) for index in (image.target, suggested))
-        names = classes[image.target], classes[suggested]
-        rows.append((image.path_in_tree(), image.split, *names, own, other, int(suspicious[number])))
+        image, suggested = images[number], classes[probabilities[number].argmax()]
+        own, other = (round(probabilities[number, classes.index(name)].item(), 6) for name in (image.label, suggested))
+        labels = image.label, suggested, own, other, int(suspicious[number])
+        rows.append((image.path_in_tree, image.split, *labels))
         if suspicious[number]:
-            pictures.append(image.picture(classes, f"\nsuggested: {printable(classes[suggested])} {other:.1%}"))
+            pictures.append(image.picture(f"\nsuggested: {printable(suggested)} {other:.1%}"))
     title = f"{min(SHOWN, len(pictures))} of {len(pictures)} suspicious labels"
     write_findings(out / "audit.csv", header.split(), rows, pictures, title)
 
 
-def write_duplicates(out: Path, classes: list[str], images: list[AuditedImage], pairs: list[Pair]) -> None:
+def write_duplicates(out: Path, images: list[AuditedImage], pairs: list[Pair]) -> None:
     """Write duplicates.csv, and draw its first pairs in duplicates.png."""
     header = "path other_path split other_split class other_class similarity"
     rows, pictures = [], []
     for pair in pairs:
-        both = images[pair.first], images[pair.second]
-        columns = *(image.path_in_tree() for image in both), *(image.split for image in both)
-        rows.append((*columns, *(classes[image.target] for image in both), round(pair.similarity, 6)))
-        pictures += [image.picture(classes) for image in both]
+        one, other = images[pair.first], images[pair.second]
+        paths = one.path_in_tree, other.path_in_tree
+        rows.append((*paths, one.split, other.split, one.label, other.label, round(pair.similarity, 6)))
+        pictures += [one.picture(), other.picture()]
     title = f"{min(SHOWN // 2, len(rows))} of {len(rows)} pairs of near-duplicates, side by side"
     write_findings(out / "duplicates.csv", header.split(), rows, pictures, title)
 
@@ -1564,7 +1545,7 @@ def finetune(
         requests["val"] = FeatureRequest(sample_evenly(dataset.splits["val"]), augmentation.views)
     samples = label_features(trained, requests, FeatureCache(None, {}), args)
     if RANK:
-        return TrainingResult([run])
+        return TrainingResult([])
     temperature = run.best.temperature
     if "val" in samples and len(augmentation.views) > 1:
         temperature = calibrate_views(trained, samples["val"], options)
@@ -1601,10 +1582,10 @@ def interpolate(learner: FineTuner, before: dict[str, torch.Tensor], run: Run) -
         keys |= {alpha: selection_key(measure(alpha, ["val"])) for alpha in alphas}
         alpha = max(keys, key=keys.get)
         losses = ", ".join(f"{alpha:g}: {-keys[alpha]:.4f}" for alpha in sorted(keys))
-        log(f"calibrated val loss from the classifier alone (alpha 0) to fine-tuned (1): {losses}; saved: {alpha:g}")
+        log(f"calibrated val loss from the classifier alone (alpha 0) to fine-tuned (1): {losses}; chosen: {alpha:g}")
         if alpha != 1:
             best = measure(alpha, splits)
-            log(f"the saved model: {format_metrics(best.row)}")
+            log(f"with alpha {alpha:g}: {format_metrics(best.row)}")
         best = replace(best, row=best.row | {"alpha": alpha})
     return replace(run, history=history, best=best)
 
@@ -1644,8 +1625,8 @@ def build_network(backbone: torch.nn.Module, head: torch.nn.Module, dtype: torch
 class FineTuner(Learner):
     """The network, or its last stage, with its classifier, trained on images.
 
-    `network` is what is trained, and `parallel_network` the same in parallel; `model` is the inference model with which
-    it is evaluated.
+    `network` is trained; `parallel_network` wraps it for several processes; `model` is the inference model that
+    evaluates it.
     """
 
     distributed = True
@@ -1764,9 +1745,9 @@ def log_trainable(backbone: torch.nn.Module, names: list[str]) -> None:
 def last_stage_modules(backbone: torch.nn.Module, size: int) -> list[str]:
     """Return the names of the modules of a network's last stage, and of what follows it.
 
-    A stage is a sequence of modules that work at one resolution. The last one begins with the first module whose output
-    map has the smallest side that layers with weights compute, and whose input map has that side or about twice that.
-    The maps of vision transformers do not shrink: there it is the last quarter of the blocks.
+    A stage is a sequence of modules that work at one resolution. The last stage begins where feature maps reach their
+    smallest side, among layers with weights; modules that shrink a map to less than a third, such as pooling branches,
+    do not count. The maps of vision transformers do not shrink: there it is the last quarter of the blocks.
     """
     names = [name for name, _ in backbone.named_modules() if name]
     if isinstance(backbone, torchvision.models.VisionTransformer):
@@ -1842,32 +1823,21 @@ class PixelStore:
 
 
 def augment_batch(
-    pixels: torch.Tensor,
-    targets: torch.Tensor,
-    augmentation: Augmentation,
-    normalize: Callable[[torch.Tensor], torch.Tensor],
+    pixels: torch.Tensor, targets: torch.Tensor, augmentation: Augmentation, normalize: Callable
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Augment uint8 pixels [B, 3, S, S] with class indices [B]: normalized images, and indices or probabilities [B, C].
 
     Each image is turned into one of the views, drawn at random. Strong augmentation adds random crops of at least half
     of the area if `crop` is set, TrivialAugmentWide (Mueller and Hutter, ICCV 2021), random erasing (Zhong et al., AAAI
     2020) with probability 1/4, and, if `mix` is set, CutMix (Yun et al., ICCV 2019) or MixUp (Zhang et al., ICLR 2018)
-    in half of the batches. The batch is cut into STRONG_PARTS parts, whose images share the draws, except of the last
-    two; as batches are shuffled, the parts differ in each epoch. To add a transform, put it into one of the two lists
-    below, and name it in AUGMENT_HELP.
+    in half of the batches. The batch is cut into STRONG_PARTS parts, whose images share the random parameters of the
+    transforms; CutMix and MixUp are drawn once for the whole batch. As batches are shuffled, the parts differ in each
+    epoch. To add a transform, put it into one of the two lists below, and name it in AUGMENT_HELP.
     """
-    views = torch.tensor(augmentation.views)
-    turns, mirrored = views[torch.randint(len(views), (len(pixels),))].unbind(1)
-    # Mirror first; then a quarter turn if their number is odd, then a half turn: three selections serve all views.
-    selections: list[tuple[View, Callable]] = [
-        ((0, True), lambda turns, mirrored: mirrored > 0),
-        ((1, False), lambda turns, mirrored: turns % 2 > 0),
-        ((2, False), lambda turns, mirrored: turns > 1),
-    ]
-    for view, is_selected in selections:
-        if any(is_selected(*own) for own in augmentation.views):
-            mask = to_device(is_selected(turns, mirrored), pixels.device)[:, None, None, None]
-            pixels = torch.where(mask, apply_view(pixels, view), pixels)
+    drawn, original = torch.randint(len(augmentation.views), (len(pixels),)), pixels
+    for number, view in enumerate(augmentation.views[1:], 1):  # the first is the image as it is
+        mask = to_device(drawn == number, pixels.device)[:, None, None, None]
+        pixels = torch.where(mask, apply_view(original, view), pixels)
     if not augmentation.strong:
         return normalize(pixels), targets
     side = pixels.shape[-1]
@@ -1998,10 +1968,8 @@ def summarize_seeds(runs: Sequence[Run]) -> dict:
         return {}
     best = best_run(runs)
     summary = {"seeds": len(runs), "best_seed": best.seed}
-    if best.best.row["val_acc"] is None:
-        log(f"there is no val to choose on: the saved model is that of seed {best.seed}")
-    else:
-        log(f"the saved model is that of seed {best.seed}, the best on val")
+    reason = "there is no val to choose on" if best.best.row["val_acc"] is None else "the best on val"
+    log(f"chosen: seed {best.seed} ({reason})")
     for split in ("val", "test"):
         values = [run.best.row[f"{split}_acc"] for run in runs]
         if None not in values:

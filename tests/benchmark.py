@@ -445,7 +445,7 @@ def measure_predict(data: Path, arch: str, count: int, rounds: int, device_name:
         def write_records() -> None:
             with open(f"{folder}/records.csv", "w") as file, contextlib.redirect_stdout(file):
                 writer = predict.RecordWriter("csv", classes, predict.Rejection(0, None), top_k=1)
-                predict.print_records(classifier.classify(paths), writer, None, None)
+                predict.print_records(classifier.classify(paths), writer, [])
 
         command = [ROOT / "predict.py", "--checkpoint", f"{folder}/model.pt", paths[0], "--precision", precision]
         command += ["--device", device_name] if device_name else []

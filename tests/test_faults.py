@@ -49,11 +49,11 @@ def change_state(tensor, key="fc.weight"):
     [
         (change_state(torch.full((3, 512), float("nan"))), "not finite"),
         (change_state(torch.full((3, 512), 3e38)), "not finite"),
-        (change_state(torch.ones(3, 512).to_sparse()), "of the wrong type (fc.weight)"),
-        (change_state(torch.ones(3, 512, device="meta")), "of the wrong type (fc.weight)"),
-        (change_state(torch.ones(3, 512, dtype=torch.complex64)), "of the wrong type (fc.weight)"),
+        (change_state(torch.ones(3, 512).to_sparse()), "fc.weight (of the wrong type)"),
+        (change_state(torch.ones(3, 512, device="meta")), "fc.weight (of the wrong type)"),
+        (change_state(torch.ones(3, 512, dtype=torch.complex64)), "fc.weight (of the wrong type)"),
         (change_state(torch.ones(1).expand(10**12)), "a tensor of 4000000000000 bytes, of which 4 are stored"),
-        (change_state(7, key=7), "unknown (7)"),
+        (change_state(7, key=7), "7 (unknown)"),
         (lambda content: content.update(classes=["a", "a", "b"]), "missing or invalid classes"),
         (lambda content: content.update(classes=["a", "b", 3]), "missing or invalid classes"),
         (lambda content: content.update(temperature=float("nan")), "a number that is not finite"),
@@ -125,12 +125,12 @@ def test_unreadable_folders(run, trained, tree, tmp_path, monkeypatch):
     checkpoint = ("--checkpoint", trained.model)
     result = run("predict", *checkpoint, tmp_path / "data" / "test", "--format", "csv", code=3)
     (line,) = (line for line in result.out.splitlines() if "closed" in line)
-    assert line.endswith(',"a folder that cannot be read, or not a regular file"')
+    assert line.endswith(',"not a regular file, or a folder that cannot be read"')
     run("evaluate", *checkpoint, "--data", tmp_path / "data", "--out", tmp_path / "report")
     notes = json.loads((tmp_path / "report" / "metrics.json").read_text())["notes"]
     assert [note for note in notes if "cannot be read" in note and "closed" in note]
     message = run("train", "--data", tmp_path / "data", "--out", tmp_path / "run", *SMALL, code=2).error[0]
-    assert "closed: a folder that cannot be read" in message
+    assert "closed: not a regular file, or a folder that" in message
 
 
 # ---------------------------------------------------------------- full disks and closed streams

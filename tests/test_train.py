@@ -388,7 +388,7 @@ def test_second_run_in_the_same_folder_is_refused(run, tree, tmp_path):
         run("train", "--data", tmp_path / "missing", "--out", tmp_path / "out", *SMALL, code=75)
     assert not (tmp_path / "out").exists()
     inside = run("train", "--data", tree, "--out", tree / "train" / "red", "--tune", 2, *SMALL, code=2).error[0]
-    assert "is inside the data" in inside  # where its pictures would be images of the next run
+    assert "would replace or be inside" in inside  # where its pictures would be images of the next run
 
 
 # ---------------------------------------------------------------- the feature cache
@@ -986,7 +986,7 @@ def test_only_if_better_after_another_split(run, tree, tmp_path):
         path.rename(data / "val" / path.parent.name / path.name)
     result = run("train", *args, code=None)
     log = result.err
-    assert (12 * result.json["val_acc"]).is_integer() and (12 * result.json["old_val_acc"]).is_integer()
+    assert (12 * result.json["new_val_acc"]).is_integer() and (12 * result.json["old_val_acc"]).is_integer()
     assert "was trained on 6 of the 18 images of val, which are left out" in log and "on 12 images of val" in log
     shutil.rmtree(out)
     run("train", *args)

@@ -105,7 +105,7 @@ def test_cross_entropies_agree_with_torch(weights, kind):
 
 def test_class_weights_do_not_turn_smoothing_into_rare_classes():
     """Nine classes of 1,000 images, one of 20: a common image ends with 0.01 for the rare class, not with 0.34."""
-    weights = train.balanced_weights(torch.arange(10).repeat_interleave(torch.tensor([1000] * 9 + [20])))
+    weights = train.class_weights(torch.arange(10).repeat_interleave(torch.tensor([1000] * 9 + [20])), "balanced")
     logits = torch.zeros(1, 1, 10, requires_grad=True)
     for _ in range(400):
         loss = train.cross_entropies(logits, torch.tensor([0]), torch.tensor([0.1]), weights)
@@ -117,7 +117,7 @@ def test_class_weights_do_not_turn_smoothing_into_rare_classes():
 def test_balanced_weights_give_classes_the_same_total():
     counts = torch.tensor([6, 3, 1])
     targets = torch.arange(3).repeat_interleave(counts)
-    weights = train.balanced_weights(targets)
+    weights = train.class_weights(targets, "balanced")
     assert (weights * counts).tolist() == pytest.approx([10 / 3] * 3)
     assert weights[targets].mean().item() == pytest.approx(1)
 
@@ -205,7 +205,7 @@ def test_class_weights_apply_to_the_calibrated_loss():
     data = {"val": train.LabeledFeatures(features_of_many_scales(views=1), torch.arange(50) % 5 // 4)}
     data["train"] = data["val"]
     head = train.standardized_head(nn.Linear(6, 2), data["train"].features)
-    weights = train.balanced_weights(data["train"].targets)
+    weights = train.class_weights(data["train"].targets, "balanced")
     options, equal = (train.TrainOptions(8, 0, own) for own in (weights, torch.ones(2)))
     learners = (train.LinearProbes(head, data, own) for own in (options, equal))
     (measured,), (plain,) = (train.evaluate(learner, "val", [0]) for learner in learners)
@@ -954,18 +954,18 @@ def test_load_weights_converts_floats():
 # ---------------------------------------------------------------- the audit
 
 
-def test_blind_classifiers_do_not_learn_from_their_own_fold():
+def test_classifiers_do_not_learn_from_their_own_fold():
     """Random labels can be learned by heart, but not guessed."""
     features, targets = random_tensor(1, 300, 400), torch.arange(300) % 3
     folds = torch.arange(300) // 3 % train.FOLDS
     head = train.standardized_head(nn.Linear(400, 3), features)
     options = train.TrainOptions(32, 0, torch.ones(3))
     labeled = train.LabeledFeatures(features, targets)
-    probes = train.BlindProbes(head, labeled, folds, options)
+    probes = train.OutOfFoldProbes(head, labeled, folds, options)
     train.fit(probes, [train.Run(train.HParams(1e-2, 0.0, 0.0, 30), 0)] * train.FOLDS, [])
-    blind = (probes.blind_logits().argmax(1) == targets).float().mean()
+    accuracy = (probes.out_of_fold_logits().argmax(1) == targets).float().mean()
     probes.folds = (folds + 1) % train.FOLDS
-    assert blind < 0.5 and (probes.blind_logits().argmax(1) == targets).float().mean() == 1
+    assert accuracy < 0.5 and (probes.out_of_fold_logits().argmax(1) == targets).float().mean() == 1
 
 
 def test_suspects_are_ordered_by_the_margin():
@@ -980,7 +980,7 @@ def test_suspects_are_ordered_by_the_margin():
 
 def test_near_duplicates_stand_out_from_nearest_neighbors():
     """Of random features there are at most one by chance; equal files are a finding only with different classes."""
-    on_cpu = torch.float32, torch.device("cpu")
+    on_cpu = [argparse.Namespace(dtype=torch.float32, device=torch.device("cpu"))]
     features, targets, splits = random_tensor(200, 64), torch.arange(200) % 4, torch.arange(200) // 150
     files = [str(number) for number in range(200)]
     assert len(train.find_duplicates(features, targets, splits, files, *on_cpu)) <= 1
