@@ -1008,7 +1008,7 @@ def few_val_images(count: int) -> str | None:
     if not 0 < count < 100:
         return None
     low = f"{wilson(count, count).low:.0%}"
-    return f"val has only {count} images: accuracy 100% means {low} or more, and what is chosen on them may be chance"
+    return f"val has only {count} images: a measured 100% can be {low} in truth, and choices made on it may be chance"
 
 
 def paired_difference(only_a: int, only_b: int, n: int) -> Estimate:
@@ -1342,7 +1342,8 @@ def entry_preprocessing(entry: Any) -> dict:
 def download_weights(arch: str, entry: Any) -> dict[str, torch.Tensor]:
     """Return the state dict of a torchvision weights entry, from torchvision's download cache or from the network."""
     try:
-        return torchvision.models.get_model(arch, weights=entry, progress=sys.stderr.isatty()).state_dict()
+        with contextlib.redirect_stdout(sys.stderr):  # where torch says what it downloads
+            return torchvision.models.get_model(arch, weights=entry, progress=sys.stderr.isatty()).state_dict()
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: an incomplete file's wrong hash
         raise UserError(
             f"cannot download {entry} from {entry.url}: {one_line(error)}; download it elsewhere and pass the file "

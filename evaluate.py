@@ -214,7 +214,7 @@ class History:
     path: Path
     name: str  # short, and different for each history
     rows: list[dict[str, float]]  # for each epoch HISTORY_FIELDS, NaN where the file has no number
-    best: dict[str, float]  # the row of the best epoch
+    best: dict[str, float]  # the row of the best epoch, or with the numbers of the saved model
     metrics: dict[str, Any]  # those in the model beside it; empty if there is no model
     color: str  # of its curves, if there are several histories
 
@@ -245,14 +245,14 @@ def read_models(paths: list[Path], tta: bool) -> list[Model]:
 def read_histories(paths: list[Path] | None, models: list[Model]) -> list[History]:
     """Read these histories, or by default those beside the checkpoints, as far as they exist.
 
-    The best epoch is that of the model beside the history; without a model, that of the lowest val loss.
+    The best epoch is that of the model beside the history; without a model, that of the lowest val loss. A model with
+    weights between two networks (`alpha`) has its own losses and accuracies.
     """
     required, histories = bool(paths), []
     paths = paths or list(dict.fromkeys(model.path.with_name("history.csv") for model in models))
     for number, (path, name) in enumerate(zip(paths, short_names(paths))):
         if path.exists():
             rows, metrics = read_history(path), saved_metrics(path, models)
-            # The other numbers of a model with weights between two networks (`alpha`) are its own.
             keys = ("epoch", "lr", "seconds") if metrics.get("alpha", 1) != 1 else rows[0]
             keys = [key for key in keys if isinstance(metrics.get(key), (int, float))]
             own = [row for row in rows if all(row[key] == metrics[key] for key in keys)]
@@ -261,6 +261,8 @@ def read_histories(paths: list[Path] | None, models: list[Model]) -> list[Histor
                 continue
             with_val = [row for row in rows if not math.isnan(row["val_loss"])] or rows[-1:]
             best = own[0] if "epoch" in keys else min(with_val, key=lambda row: row["val_loss"])
+            if "alpha" in metrics:
+                best = best | {key: metrics[key] for key in best if isinstance(metrics.get(key), (int, float))}
             histories.append(History(path, name, rows, best, metrics, COLORS[number % len(COLORS)]))
         elif required:
             raise UserError(f"no such file: {path}")
@@ -705,7 +707,7 @@ def comparison_sentence(comparison: dict[str, Any], num_pairs: int) -> str:
     verdict = f"{a} is better than {b}" if p_holm < 0.05 else f"No evidence that {a} and {b} differ"
     holm = f", and {p_holm:.2g} after Holm's correction for {num_pairs} pairs" if num_pairs > 1 else ""
     return (
-        f"{verdict}: the observed difference in accuracy is {value} points (95% interval {low} to {high}). On "
+        f"{verdict}: the accuracy of {a} is {value} points higher (95% interval {low} to {high}). On "
         f"{only_a + only_b:,} images only one of them is right, on {only_a:,} {a} and on {only_b:,} {b}: "
         f"p = {comparison['p']:.2g}{holm} ({MCNEMAR})."
     )
@@ -765,7 +767,7 @@ def fairness_sentences(model: Model, images: Images) -> list[str]:
     if "accuracy_unseen" in model.metrics:
         unseen = model.metrics["accuracy_unseen"]
         rest = "there are no others" if unseen.value is None else f"without these the accuracy is {unseen.text('.4f')}"
-        seen = f"The model was trained on {trained:,} of these {n:,} images, and its epoch chosen on {chosen:,}"
+        seen = f"Of these {n:,} images, the model was trained on {trained:,}, and its epoch was chosen on {chosen:,}"
         sentences = [f"{seen}; {rest}."]
     elif not len(model.checkpoint.train_hashes):
         sentences = ["The model does not say which images it was trained on."]
@@ -845,8 +847,10 @@ def summarize_history(history: History) -> dict[str, Any]:
     rows = [row for row in history.rows if not math.isnan(row[loss])] or [best]
     lowest = min(rows, key=lambda row: row[loss])
     earlier = [row[loss] for row in rows[: -math.ceil(len(rows) / 4)]]  # without the last quarter
-    falling = kind == "best" and lowest is best is rows[-1] and best[loss] < 0.99 * min(earlier, default=0)
-    words = f"{history.name}: the {kind} epoch is {best['epoch']} of {epochs}."
+    is_last = lowest["epoch"] == best["epoch"] == rows[-1]["epoch"]
+    falling = kind == "best" and is_last and lowest[loss] < 0.99 * min(earlier, default=0)
+    words = f"{history.name}: the {kind} epoch is {best['epoch']} of {epochs}"
+    words += ", by the calibrated loss on val." if kind == "best" and history.metrics else "."
     if not math.isnan(gap):
         if low is None:
             verdict = " (interval unknown, because no model beside the history says how many images were measured)"
@@ -1067,14 +1071,14 @@ def plot_curves(path: Path, histories: list[History]) -> None:
                 key = f"{split}_{quantity}"
                 rows = [row for row in history.rows if not math.isnan(row[key])]  # not all splits in all epochs
                 if rows:
-                    values, dots = [row[key] for row in rows], [rows.index(best)] if best in rows else []
-                    label = f"{prefix}{split} {best[key]:.4f}" if dots else f"{prefix}{split}"
-                    look = {"color": color, "label": label, "marker": "o", "markevery": dots}
-                    axes.plot([row["epoch"] + before for row in rows], values, style, linewidth=1.6, **look)
+                    label = f"{prefix}{split}" + ("" if math.isnan(best[key]) else f" {best[key]:.4f}")
+                    epochs, values = [row["epoch"] + before for row in rows], [row[key] for row in rows]
+                    axes.plot(epochs, values, style, linewidth=1.6, color=color, label=label)
+                    axes.plot(best["epoch"] + before, best[key], "o", color=color)
         axes.set(title=title, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.25)
-        title = "dot: best epoch" + several * "; fine-tuning follows on the classifier alone"
+        title = "dot: saved model" + several * "; fine-tuning starts after the epochs of its classifier"
         look = {"fontsize": 8, "title_fontsize": 8, "ncols": 2, "handlelength": 4}
         axes.legend(title=title, loc="upper center", bbox_to_anchor=(0.5, -0.13), **look)
     save_figure(path, figure)

@@ -439,7 +439,7 @@ class PredictionPages:
                 draw_cam(middle[0], image.size, seen, grad_cam(model, prediction.pixels, target))
             draw_bars(right, best, self.rejection.applies(best[0][1], prediction.unfamiliar))
         if self.explain:
-            label = "support for the first class (1: most in the image)"
+            label = "support for the first class, relative to its maximum in the image"
             figure.colorbar(middle[0].images[0], ax=axes, location="bottom", panchor=False, shrink=0.4, label=label)
         file = self.file if self.page == 1 else self.file.with_stem(f"{self.file.stem}-{self.page}")
         save_figure(file, figure)
@@ -510,9 +510,8 @@ def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: It
     with atomic_write(file, "wb") as stream:
         stream.write(content)
     report = {"export": str(file), "bytes": len(content), "images": len(images), "max_difference": difference}
-    print_json(
-        report, f"wrote {file}; on {len(images)} {origin} images its probabilities differ by at most {difference:.1e}"
-    )
+    reference = f"those of predict.py --precision fp32 on {len(images)} {origin} images"
+    print_json(report, f"wrote {file}; its probabilities differ by at most {difference:.1e} from {reference}")
 
 
 def exportable_model(classifier: Classifier, resize_dtype: torch.dtype) -> torch.nn.Module:

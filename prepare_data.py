@@ -113,7 +113,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--labels", type=Path, metavar="FILE", help=labels_help)
     on_bad_help = (
         "if images cannot be read, have two classes, are not in a class folder or not in --labels: end with an error, "
-        "or leave them out and list them in OUT/rejected.csv"
+        "or leave them out and list them in OUT/rejected.csv, which is that of the latest new tree"
     )
     add("--on-bad", choices=("fail", "skip"), default="fail", help=on_bad_help)
     add = parser.add_argument_group("output").add_argument
@@ -201,9 +201,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         show_other_files(contents.others)
         if not contents.images:
             raise UserError(f"no images in {source}; expected <class>/<image> with one of the usual extensions")
-        found = label_images(contents, args.labels) if args.labels else find_classes(contents, source)
-        checked = check_images(found + contents.unreadable)
         tree = read_splits_csv(out / "splits.csv") if args.update and (out / "splits.csv").is_file() else []
+        found = label_images(contents, args.labels, tree) if args.labels else find_classes(contents, source, tree)
+        checked = check_images(found + contents.unreadable)
         rejected = reject_records(args, checked, tree)
         records = choose_records(args, checked, tree)
         if args.dry_run:
@@ -215,8 +215,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     result |= summarize(records) | {"not_images": contents.others.total(), "rejected": len(rejected)}
     show_counts(result["counts"])
     if rejected:
-        where = "listed above" if args.dry_run else "listed in rejected.csv" if result["changed"] else "as before"
-        log(f"left out {len(rejected)} file{'s' * (len(rejected) > 1)}, {where}")
+        where = "in rejected.csv" if result["changed"] else "above"
+        log(f"left out {len(rejected)} file{'s' * (len(rejected) > 1)}, listed {where}")
     state = "not written, because of --dry-run" if args.dry_run else "written" if result["changed"] else "unchanged"
     print_json(result, f"{args.out}: {result['images']:,} images of {result['classes']} classes, {state}")
 
@@ -559,12 +559,12 @@ def draw_texture(rng: random.Random, dark: tuple, light: tuple, columns: int, ro
 # ---------------------------------------------------------------- files -> records
 
 
-def find_classes(contents: Contents, source: Path | None) -> list[Record]:
+def find_classes(contents: Contents, source: Path | None, tree: list[Record]) -> list[Record]:
     """Return a record for each image. Its class is the name of its folder, below those that nearly all images share.
 
     If train/ is at that level and has class folders, the level is that of the split. An image outside the class folders
-    and a class folder without images get a reason to be left out. Raises UserError for a source with fewer than two
-    classes, or with classes that are called like splits.
+    and a class folder without images get a reason to be left out. Raises UserError for fewer than two classes, those of
+    the tree that is updated included, or for classes that are called like splits.
     """
     all_parts = [path.parts for path, _ in contents.images]
 
@@ -587,7 +587,7 @@ def find_classes(contents: Contents, source: Path | None) -> list[Record]:
             record.split, record.class_name = parts[level - 1] if is_split else None, parts[level]
             record.name = "__".join(parts[level + 1 :])
         records.append(record)
-    require_two_classes(records, f"{source}, where <class>/<image> is expected (or a list of classes, --labels)")
+    require_two_classes(records + tree, f"{source}, where <class>/<image> is expected (or a list of classes, --labels)")
     classes = {record.class_name for record in records}
     if names := sorted(classes & {*SPLITS, "valid", "validation"}):
         raise UserError(
@@ -648,7 +648,7 @@ class PathIndex:
         return [name] if name in self.paths else self.by_end.get(name, [])
 
 
-def label_images(contents: Contents, labels: Path) -> list[Record]:
+def label_images(contents: Contents, labels: Path, tree: list[Record]) -> list[Record]:
     """Return a record for each image, with the class, and perhaps the split, that a list gives it.
 
     Images that are not listed and names that fit no image get a reason to be left out. Raises UserError for a file that
@@ -679,7 +679,7 @@ def label_images(contents: Contents, labels: Path) -> list[Record]:
             parts = path.parts[2:] if path.parts[0] in SPLITS and len(path.parts) > 2 else path.parts  # of a tree
             record.name, record.reason = "__".join(parts), None
         records.append(record)
-    require_two_classes(records, f"the lines of {labels} that fit an image of the source")
+    require_two_classes(records + tree, f"the lines of {labels} that fit an image of the source")
     return records + missing
 
 
@@ -783,6 +783,8 @@ def reject_records(args: argparse.Namespace, checked: list[Record], tree: list[R
     elif rejected and args.on_bad == "fail":
         advice = "correct that, or leave them out with --on-bad skip"
         raise UserError(f"problems with {len(rejected)} file{'s' * (len(rejected) > 1)}: {some(texts, 20)}; {advice}")
+    elif rejected and args.update:  # without new images, no rejected.csv is written
+        log(f"left out: {some(texts, 20)}")
     return rejected
 
 
@@ -1142,7 +1144,7 @@ def show_other_files(others: collections.Counter[str]) -> None:
         example = f"with ImageMagick: magick mogrify -format jpg *{next(iter(formats))}"
         log(f"left out files of other formats: {names}; convert them to JPEG or PNG, {example}")
     if count := others.total() - sum(formats.values()):
-        log(f"left out {count} files that do not have an image extension")
+        log(f"left out {count} file{'s' * (count > 1)} without an image extension")
 
 
 if __name__ == "__main__":

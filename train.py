@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return None
     deadline = start + 60 * (args.max_minutes or math.inf)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(resume_hint(args.restart))
+        stack.enter_context(resume_hint(args.out, args.restart))
         device = stack.enter_context(process_group(args.device))
         dtype = pick_precision(args.precision, device)
         if args.finetune != "head" and dtype == torch.float16:  # it would need its gradients scaled
@@ -251,13 +251,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 @contextlib.contextmanager
-def resume_hint(restart: bool) -> Iterator[None]:
-    """Explain how to continue if the block is interrupted."""
+def resume_hint(folder: Path, restart: bool) -> Iterator[None]:
+    """Explain how to continue if the block is interrupted, and an epoch is complete."""
     try:
         yield
     except KeyboardInterrupt:
-        option = "--resume in place of --restart" if restart else "--resume"
-        log(f"stopped; the same command with {option} continues after the last complete epoch")
+        if (folder / "last.pt").exists():
+            option = "--resume in place of --restart" if restart else "--resume"
+            log(f"stopped; the same command with {option} continues after the last complete epoch")
         raise
 
 
@@ -636,7 +637,7 @@ def compare_models(old: ValResult | None, new: ValResult | None, best: Epoch, pa
     log(
         f"{path} on {len(old.correct)} images of val: calibrated loss {old.calibrated_nll:.4f}, new model "
         f"{new.calibrated_nll:.4f}; accuracy, new minus old: {value} points (95% interval {low} to {high}); "
-        f"{'the old model is kept' if kept_old else 'it is replaced'}"
+        f"by the loss, {'the old model is kept' if kept_old else 'it is replaced'}"
     )
     new_val_acc, old_val_acc = (result.correct.double().mean().item() for result in (new, old))
     losses = {"old_val_loss_calibrated": old.calibrated_nll, "val_loss_calibrated": new.calibrated_nll}
@@ -1540,6 +1541,7 @@ def finetune(
     trained = learner.updated_model()
     fold_standardization(learner.network.head, trained.head)
     del learner, before  # to free memory
+    log("the features of some images, for the probabilities and --reject-unfamiliar of predict.py:")
     requests = {"train": FeatureRequest(sample_evenly(dataset.splits["train"]), VIEWS["none"])}
     if "val" in dataset.splits:
         requests["val"] = FeatureRequest(sample_evenly(dataset.splits["val"]), augmentation.views)
@@ -1582,7 +1584,7 @@ def interpolate(learner: FineTuner, before: dict[str, torch.Tensor], run: Run) -
         keys |= {alpha: selection_key(measure(alpha, ["val"])) for alpha in alphas}
         alpha = max(keys, key=keys.get)
         losses = ", ".join(f"{alpha:g}: {-keys[alpha]:.4f}" for alpha in sorted(keys))
-        log(f"calibrated val loss from the classifier alone (alpha 0) to fine-tuned (1): {losses}; chosen: {alpha:g}")
+        log(f"calibrated val loss, from the classifier alone (alpha 0) to fine-tuned (1): {losses}; chosen: {alpha:g}")
         if alpha != 1:
             best = measure(alpha, splits)
             log(f"with alpha {alpha:g}: {format_metrics(best.row)}")
@@ -1683,10 +1685,13 @@ class FineTuner(Learner):
         for module in self.in_train_mode:
             module.training = True
         self.model_is_current = False
-        for rows, own_rows, pixels in zip(steps, own, self.pixels.batches("train", own)):
-            images, wanted = augment_batch(pixels, targets[own_rows], self.options.augmentation, self.model.normalize)
-            images = images.contiguous(memory_format=torch.channels_last)
-            yield images, wanted, len(own_rows) * WORLD_SIZE / len(rows)
+        with Progress(f"epoch {epoch}", len(targets)) as progress:
+            for rows, own_rows, pixels in zip(steps, own, self.pixels.batches("train", own)):
+                own_targets = targets[own_rows]
+                images, wanted = augment_batch(pixels, own_targets, self.options.augmentation, self.model.normalize)
+                images = images.contiguous(memory_format=torch.channels_last)
+                yield images, wanted, len(own_rows) * WORLD_SIZE / len(rows)
+                progress.update(len(rows))
 
     def forward(self, inputs: torch.Tensor, active: list[int]) -> torch.Tensor:
         return self.parallel_network(inputs)[:, None]
@@ -1968,7 +1973,7 @@ def summarize_seeds(runs: Sequence[Run]) -> dict:
         return {}
     best = best_run(runs)
     summary = {"seeds": len(runs), "best_seed": best.seed}
-    reason = "there is no val to choose on" if best.best.row["val_acc"] is None else "the best on val"
+    reason = "there is no val to choose on" if best.best.row["val_acc"] is None else "lowest calibrated loss on val"
     log(f"chosen: seed {best.seed} ({reason})")
     for split in ("val", "test"):
         values = [run.best.row[f"{split}_acc"] for run in runs]

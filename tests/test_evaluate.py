@@ -299,7 +299,8 @@ def test_pictures_can_be_read(tmp_path, monkeypatch):
     rows = evaluate.read_history(tmp_path / "history.csv")
     runs = [evaluate.History(Path("a"), "a", rows, rows[1], {"head_epochs": count}, "red") for count in (0, 5)]
     evaluate.plot_curves(tmp_path / "curves.png", runs)
-    assert [list(line.get_xdata())[0] for line in figures[2].axes[0].lines] == [1, 1, 6, 6]
+    curves = [list(line.get_xdata()) for line in figures[2].axes[0].lines]
+    assert [x[0] for x in curves if len(x) > 1] == [1, 1, 6, 6]
 
 
 # ---------------------------------------------------------------- one model
@@ -365,7 +366,7 @@ def test_split_default_folder_and_agreement_with_training(run, trained, tree):
         assert result["accuracy"] == pytest.approx(trained.json[f"{split}_acc"])
         assert result["loss"] == pytest.approx(metrics[f"{split}_loss"], abs=1e-4)
         few, *notes = result["notes"]
-        assert "val has only 24 images: accuracy 100% means 86% or more" in few and bool(notes) == (split != "test")
+        assert "val has only 24 images: a measured 100% can be 86% in truth" in few and bool(notes) == (split != "test")
     assert (trained.folder / "report" / "metrics.json").exists()
 
 
@@ -421,7 +422,7 @@ def test_images_that_the_model_has_seen(run, trained, tree, tmp_path):
     clean = run("evaluate", *args)
     assert clean.json["seen_in_training"] == clean.json["seen_in_val"] == 0
     assert "accuracy_unseen" not in clean.json and clean.err.count("warning") == 1  # of the size of val
-    for split, sentence in (("train", "trained on 60"), ("val", "epoch chosen on 24")):
+    for split, sentence in (("train", "trained on 60"), ("val", "epoch was chosen on 24")):
         result = run("evaluate", *args, "--split", split)
         seen = {"seen_in_training": 60 * (split == "train"), "seen_in_val": 24 * (split == "val")}
         assert {key: result.json[key] for key in seen} == seen and result.json["accuracy_unseen"] is None
@@ -439,13 +440,16 @@ def test_images_that_the_model_has_seen(run, trained, tree, tmp_path):
     assert len(unseen) == 30 and result.json["n"] == 36 and result.json["accuracy_unseen"] == pytest.approx(accuracy)
     assert (result.json["seen_in_training"], result.json["seen_in_val"]) == (4, 2)
     sentence = (
-        "The model was trained on 4 of these 36 images, and its epoch chosen on 2; without these the accuracy is "
+        "Of these 36 images, the model was trained on 4, and its epoch was chosen on 2; without these the accuracy is "
     )
     low, high = result.json["accuracy_unseen_ci95"]
     sentence += f"{accuracy:.4f} (95% interval {low:.4f} to {high:.4f})."
     assert f"\nIs this a fair test?\n{sentence}\n" in result.err
     assert sentence in Page((out / "report.html").read_text()).text
-    assert "trained on 3 of these 27 images, and its epoch chosen on 24; there are no others." in on_val.err
+    assert (
+        "Of these 27 images, the model was trained on 3, and its epoch was chosen on 24; there are no others."
+        in on_val.err
+    )
     none = short_hashes([])
     old = save_changed(trained, tmp_path / "old.pt", train_hashes=none, val_hashes=none)
     result = run("evaluate", "--checkpoint", old, *args[2:])
@@ -642,9 +646,14 @@ def test_overfitting_is_claimed_only_beyond_chance(run, trained, tree, tmp_path)
     flat = write_run(trained, tmp_path / "flat", FALLING.replace("0.7,", "0.795,"), epoch=2, measured=counts)
     other = write_run(trained, tmp_path / "other", FALLING, epoch=2, measured=counts, val_loss=0.71)
     alpha = write_run(trained, tmp_path / "alpha", FALLING, epoch=2, lr=0.2, val_loss=0.71, alpha=0.5)
-    histories = [few, many, zero, falling, flat, other, alpha]
+    mixed = write_run(
+        trained, tmp_path / "mixed", HISTORY, epoch=2, alpha=0.5, train_acc=0.78, val_acc=0.77, val_loss=0.6
+    )
+    histories = [few, many, zero, falling, flat, other, alpha, mixed]
     result = run("evaluate", *args, trained.model, "--history", *histories)
-    few, many, zero, falling, flat = result.json["curves"]
+    few, many, zero, falling, flat, mixed = result.json["curves"]
+    assert mixed["gap"] == pytest.approx(0.01) and "Accuracy is 78.00% on train and 77.00% on val" in mixed["words"]
+    assert "the best epoch is 2 of 3, by the calibrated loss on val." in mixed["words"]
     for name in ("other", "alpha"):  # trained again and interrupted
         assert f"no training curves: {tmp_path / name / 'history.csv'} is of another run" in result.err
     assert falling["words"].endswith("30.01); the loss on val was still falling: train longer (--epochs).")
@@ -677,8 +686,11 @@ def test_curves_of_a_split_that_is_not_measured_in_every_epoch(run, trained, tre
     for figure in [figure for path, figure in figures if path.name == "curves.png"]:
         (line,) = [line for line in figure.axes[1].lines if line.get_label().startswith("test")]
         assert list(line.get_xdata()) == [2, 4] and list(line.get_ydata()) == [0.70, 0.75]
-        labels.append((line.get_label(), line.get_markevery()))
-    assert labels == [("test 0.7500", [1]), ("test", [])]
+        dots = [
+            (line.get_xdata()[0], line.get_ydata()[0]) for line in figure.axes[1].lines if len(line.get_xdata()) == 1
+        ]
+        labels.append((line.get_label(), (4, 0.75) in dots))
+    assert labels == [("test 0.7500", True), ("test", False)]
 
 
 def test_without_history_there_are_no_curves(run, trained, tree, tmp_path):

@@ -394,7 +394,7 @@ def test_other_formats_are_counted(prepare, source, tmp_path):
         (source / "red" / name).write_bytes(b"anything")
     log = prepare("--source", source, "--out", tmp_path / "out").err
     assert "left out files of other formats: 2 .gif, 1 .heic; convert them to JPEG or PNG" in log
-    assert "left out 2 files that do not have an image extension" in log
+    assert "left out 2 files without an image extension" in log
 
 
 @pytest.mark.parametrize(
@@ -875,6 +875,22 @@ def test_update_keeps_the_split_of_every_image(prepare, source, tmp_path):
     tile((90, 0, 0), "edited").save(source / "red" / "red 1.png")
     assert "red 1.png" in prepare(*args, "--update", code=2).error[0]
     assert split_by_content(out) == after
+
+
+def test_update_with_images_of_one_class(prepare, source, tmp_path):
+    """Files that are left out are named even if there is nothing new, and thus no new rejected.csv."""
+    out, new = tmp_path / "out", tmp_path / "new" / "red"
+    prepare("--source", source, "--out", out)
+    new.mkdir(parents=True)
+    shutil.copy(source / "red" / "red 0.png", new / "red 0.png")
+    (new / "broken.png").write_bytes(b"no image")
+    args = ["--source", new.parent, "--out", out, "--update", "--on-bad", "skip"]
+    result = prepare(*args)
+    assert (
+        not result.json["changed"] and "red/broken.png" in result.err and "left out 1 file, listed above" in result.err
+    )
+    tile((1, 2, 3), "new").save(new / "more.png")
+    assert prepare(*args).json["images"] == 61 and list(rejected(out)) == ["red/broken.png"]
 
 
 def test_update_of_a_tree_that_has_changed(prepare, source, tmp_path):
