@@ -420,8 +420,14 @@ def print_json(result: dict, summary: str) -> None:
 def check_output_outside(option: str, out: Path, inputs: Iterable[str | Path]) -> None:
     """Raise UserError if an output is one of these files or folders, or inside one, and so would become an input."""
     real = Path(os.path.realpath(out))
-    for path in filter(os.path.exists, inputs):
-        if any(os.path.exists(place) and os.path.samefile(place, path) for place in (real, *real.parents)):
+
+    def is_same(place: Path, path: str | Path) -> bool:
+        with contextlib.suppress(OSError):  # one of them does not exist
+            return os.path.samefile(place, path)
+        return False
+
+    for path in inputs:
+        if any(is_same(place, path) for place in (real, *real.parents)):
             raise UserError(f"{option} {out} would replace or be inside the input {path}; choose another place")
 
 
@@ -582,14 +588,20 @@ def read_content(path: str | Path) -> bytes:
 def hash_images(paths: Sequence[str], workers: int | None = None) -> list[str]:
     """Return the SHA-256 of each file's content. Raises ImageError for a file that cannot be read.
 
-    Threads read chunks of files: with one file at a time, they would wait for each other.
+    A plain loop is fastest as long as the files are small and near; threads read large files and slow disks.
     """
 
-    def read(chunk: list[str]) -> list[str]:
-        return [hashlib.sha256(read_content(path)).hexdigest() for path in chunk]
+    def read(path: str) -> str:
+        return hashlib.sha256(read_content(path)).hexdigest()
 
+    hashes: list[str] = []
+    seconds = 0.0  # per file
+    while len(hashes) < len(paths) and seconds < 2e-4:
+        chunk, start = paths[len(hashes) : len(hashes) + 64], time.perf_counter()
+        hashes += map(read, chunk)
+        seconds = (time.perf_counter() - start) / len(chunk)
     with ThreadPoolExecutor(reader_threads(workers)) as executor:
-        return list(chain.from_iterable(executor.map(read, in_batches(paths, 64))))
+        return hashes + list(executor.map(read, paths[len(hashes) :]))
 
 
 def short_hashes(sha256: Sequence[str]) -> torch.Tensor:
@@ -1008,7 +1020,7 @@ def few_val_images(count: int) -> str | None:
     if not 0 < count < 100:
         return None
     low = f"{wilson(count, count).low:.0%}"
-    return f"val has only {count} images: a measured 100% can be {low} in truth, and choices made on it may be chance"
+    return f"val has only {count} images: even 100% correct may mean a true {low}, and choices on val may be chance"
 
 
 def paired_difference(only_a: int, only_b: int, n: int) -> Estimate:
@@ -1888,7 +1900,7 @@ def read_torch_file(path: str | Path) -> dict:
         raise
     except Exception as error:  # pickle, zipfile and torch raise a dozen kinds for a damaged file
         if is_out_of_memory(error):
-            raise
+            raise UserError(f"{path} is damaged, or needs more memory than there is") from None
         if "unsupported global" in str(error).lower() or "unsupported class" in str(error).lower():
             raise UserError(f"refused to load {path}: it contains more than plain values, and could run code") from None
         raise UserError(f"{path} is damaged, or not a PyTorch file") from None
@@ -2054,7 +2066,7 @@ def load_weights(model: torch.nn.Module, state_dict: dict, arch: str, path: str 
     problems = [f"{key} ({kind})" for key in {**own, **state_dict} if (kind := problem(key))]
     if problems:
         listed = ", ".join(problems[:5]) + (", ..." if len(problems) > 5 else "")
-        raise UserError(f"{path} does not fit the architecture {arch}: {len(problems)} keys do not fit: {listed}")
+        raise UserError(f"{path} does not fit the architecture {arch}: {len(problems)} wrong keys: {listed}")
     update_weights(model, {key: state_dict[key].to(own[key].dtype).contiguous() for key in own}, assign=True)
 
 

@@ -140,7 +140,7 @@ def replace_report(out: Path, subfolders: list[str]) -> Iterator[Path]:
 
 
 def report_files(folder: Path) -> list[str]:
-    """Return the relative paths of the files of the report in a folder, as listed in its metrics.json, the last one."""
+    """Return the relative paths of the files of a report, as listed in its metrics.json, which itself comes last."""
     try:
         names = json.loads((folder / "metrics.json").read_bytes())["report_files"]
         return [name for name in names if (folder / name).resolve().is_relative_to(folder.resolve())]
@@ -433,7 +433,7 @@ INTERVALS = (
     "95%: Wilson's score interval for accuracy, precision and recall, and by a transformation for F1 (Lam, Gopal and "
     "Qian); Bonett and Price's for the difference of two models' accuracies; Newcombe's for the gap between the "
     f"accuracies on train and val; for balanced accuracy and macro F1, the percentiles of a bootstrap with {RESAMPLES} "
-    "resamples of the n images, which has width 0 if all resamples agree, for example without a mistake."
+    "resamples of the n images, which has width 0 if all resamples agree, for example if there are no mistakes."
 )
 
 
@@ -707,8 +707,8 @@ def comparison_sentence(comparison: dict[str, Any], num_pairs: int) -> str:
     verdict = f"{a} is better than {b}" if p_holm < 0.05 else f"No evidence that {a} and {b} differ"
     holm = f", and {p_holm:.2g} after Holm's correction for {num_pairs} pairs" if num_pairs > 1 else ""
     return (
-        f"{verdict}: the accuracy of {a} is {value} points higher (95% interval {low} to {high}). On "
-        f"{only_a + only_b:,} images only one of them is right, on {only_a:,} {a} and on {only_b:,} {b}: "
+        f"{verdict}: the accuracy of {a} is {value} points higher (95% interval {low} to {high}). Only "
+        f"one of them is right on {only_a + only_b:,} images, {a} on {only_a:,} and {b} on {only_b:,}: "
         f"p = {comparison['p']:.2g}{holm} ({MCNEMAR})."
     )
 
@@ -775,13 +775,17 @@ def fairness_sentences(model: Model, images: Images) -> list[str]:
     if not file.is_file():
         return [*sentences, "Near-duplicates of training images were not looked for: train.py --audit does that."]
     own, found = {os.path.relpath(path, images.data).replace(os.sep, "/") for path in images.paths}, {}
-    with contextlib.suppress(csv.Error), open(file, newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        for row in csv.DictReader(stream):
-            pair = [(row.get(f"{other}path"), row.get(f"{other}split")) for other in ("", "other_")]
-            for (path, _), (other, split) in (pair, pair[::-1]):
-                if path in own and split == "train":
-                    found.setdefault(path, other)
-    text = f"{file.name} beside the model lists no near-duplicates of these images in train."
+    try:
+        with open(file, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            for row in csv.DictReader(stream):
+                pair = [(row.get(f"{other}path"), row.get(f"{other}split")) for other in ("", "other_")]
+                for (path, _), (other, split) in (pair, pair[::-1]):
+                    if path in own and split == "train":
+                        found.setdefault(path, other)
+    except csv.Error:
+        return [*sentences, f"Near-duplicates of training images are unknown: {file} is not a CSV file."]
+    origin = model.checkpoint.args.get("data")
+    text = f"{file.name}, which was made from {origin}, lists none of these images with train."
     if found:
         examples = ", ".join(f"{path} and {other}" for path, other in islice(found.items(), 3))
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
@@ -1078,7 +1082,8 @@ def plot_curves(path: Path, histories: list[History]) -> None:
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.25)
-        title = "dot: saved model" + several * "; fine-tuning starts after the epochs of its classifier"
+        dot = "saved model" if all(history.metrics for history in histories) else "best epoch"
+        title = f"dot: {dot}" + several * "; fine-tuning starts after the epochs of its classifier"
         look = {"fontsize": 8, "title_fontsize": 8, "ncols": 2, "handlelength": 4}
         axes.legend(title=title, loc="upper center", bbox_to_anchor=(0.5, -0.13), **look)
     save_figure(path, figure)

@@ -471,8 +471,8 @@ def draw_bars(axes: Any, best: list[tuple[str, float]], unknown: bool) -> None:
 # ---------------------------------------------------------------- export
 
 
-def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: Iterable[str | None]) -> None:
-    """Write the model and its preprocessing to FILE.pt2 (torch.export) or FILE.onnx, and print a report.
+def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: Iterable[str | None]) -> dict:
+    """Write the model and its preprocessing to FILE.pt2 (torch.export) or FILE.onnx; print and return a report.
 
     The classes, the preprocessing and the form of input and output are inside as JSON: the extra file metadata.json of
     a .pt2, the metadata "classifier" of an .onnx. Raises UserError if a package is missing, if the network cannot be
@@ -512,6 +512,7 @@ def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: It
     report = {"export": str(file), "bytes": len(content), "images": len(images), "max_difference": difference}
     reference = f"those of predict.py --precision fp32 on {len(images)} {origin} images"
     print_json(report, f"wrote {file}; its probabilities differ by at most {difference:.1e} from {reference}")
+    return report
 
 
 def exportable_model(classifier: Classifier, resize_dtype: torch.dtype) -> torch.nn.Module:
@@ -810,7 +811,9 @@ def write_map(folder: Path, path: Path, scene: Image.Image, scene_map: SceneMap)
     report["classes"] = names[:-1]
     with atomic_write(folder / "map.json") as file:
         file.write(to_json_text(report, indent=2) + "\n")
-    print_json(report, f"wrote {folder}/map.png, map.csv, map.tif, map.json")
+    shares = sorted(percent.items(), key=lambda item: -item[1])[:5]
+    largest = ", ".join(f"{name} {share:.1f} %" for name, share in shares if share)
+    print_json(report, f"wrote {folder}/map.png, map.csv, map.tif, map.json: {largest}")
 
 
 def draw_raster(scene_map: SceneMap) -> Image.Image:

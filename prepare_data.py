@@ -113,7 +113,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--labels", type=Path, metavar="FILE", help=labels_help)
     on_bad_help = (
         "if images cannot be read, have two classes, are not in a class folder or not in --labels: end with an error, "
-        "or leave them out and list them in OUT/rejected.csv, which is that of the latest new tree"
+        "or leave them out and list them in OUT/rejected.csv (written when the tree changes)"
     )
     add("--on-bad", choices=("fail", "skip"), default="fail", help=on_bad_help)
     add = parser.add_argument_group("output").add_argument
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             contents = list_folder(source) if source.is_dir() else unpack(source, staging / "files")
         show_other_files(contents.others)
         if not contents.images:
-            raise UserError(f"no images in {source}; expected <class>/<image> with one of the usual extensions")
+            raise UserError(f"no images in {source}, with one of the usual extensions")
         tree = read_splits_csv(out / "splits.csv") if args.update and (out / "splits.csv").is_file() else []
         found = label_images(contents, args.labels, tree) if args.labels else find_classes(contents, source, tree)
         checked = check_images(found + contents.unreadable)
@@ -212,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             build_tree(records, rejected, request, args.link, staging)
             replace_tree(staging, out, old)
             result["changed"] = True
+        else:  # --update without new images: the next one is done at once
+            write_request(out, request)
     result |= summarize(records) | {"not_images": contents.others.total(), "rejected": len(rejected)}
     show_counts(result["counts"])
     if rejected:
@@ -257,9 +259,9 @@ def describe_request(args: argparse.Namespace) -> dict:
         source, out = args.source.resolve(), args.out.resolve()
         if out == source or out in source.parents or source in out.parents:
             raise UserError(f"--source {args.source} and --out {args.out} overlap; choose another --out")
-        files = [source]
-        if source.is_dir():
-            files = [Path(root, name) for root, names in walk_folders(source) for name in names]
+        files = [args.source]
+        if args.source.is_dir():
+            files = [Path(root, name) for root, names in walk_folders(args.source) for name in names]
         statuses = [(file, file.stat() if file.exists() else file.lstat()) for file in files]  # a link may be broken
         lines = "".join(f"{os.fsencode(file)!r} {status.st_size} {status.st_mtime_ns}\n" for file, status in statuses)
         content = hashlib.sha256(lines.encode()).hexdigest()
@@ -302,7 +304,7 @@ def is_complete(out: Path, request: dict, force: bool, update: bool) -> bool:
         return not growing & set(different)
     if different:
         advice = "choose another --out, or replace it with --force"
-        if set(different) <= growing:
+        if set(different) <= growing and not request["per_class"]:
             advice = f"add the new images with --update, {advice}"
         raise UserError(f"{out} exists, but was made from another request ({details}); {advice}")
     if missing := [row.path for row in read_splits_csv(out / "splits.csv") if not os.path.exists(row.file)]:
@@ -318,7 +320,8 @@ def read_splits_csv(path: Path) -> list[Record]:
             for row in csv.DictReader(file):
                 place, class_name, split, sha256 = (row[key] or "" for key in ("path", "class", "split", "sha256"))
                 parts = PurePosixPath(place).parts
-                inside = bool(parts) and place == "/".join(parts) and not {"..", "/"} & set(parts) and "\0" not in place
+                inside = bool(parts) and place == "/".join(parts) and not {"..", "/"} & set(parts)
+                inside = inside and not set("\0\\:" if os.name == "nt" else "\0") & set(place)
                 if not inside or not is_class_name(class_name) or split not in SPLITS or not sha256:
                     raise ValueError("not a row that this program writes")
                 record = Record(place, f"{path.parent}/{place}", class_name, parts[-1], split, sha256, in_tree=True)
@@ -340,30 +343,29 @@ def download(url: str, algorithm: str, checksum: str, out: Path) -> Path:
     if out.name.casefold() in (archive.name.casefold(), partial.name.casefold()):
         raise UserError(f"--out {out} would be in the way of the download {archive}; choose another --out")
     advice = "download it elsewhere and pass it with --source FILE, or draw a demonstration set with --synthetic"
-    with hold_lock(out.with_name(f".{name}.lock")):  # another run may download the same file for another OUT
-        if archive.exists():
-            if hash_file(archive, algorithm) != checksum:
-                advice = f"remove it to download it again, or use it with --source {archive}"
-                raise UserError(f"{archive} exists, but its {algorithm} is not {checksum}: {advice}")
-            log(f"using {archive}, which was downloaded before")
-            return archive
-        try:
-            with name_errors(partial):
-                is_whole = fetch(url, partial)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if partial.exists() and not partial.stat().st_size:
-                partial.unlink()
-            elif partial.exists():
-                advice = f"run the same command again to continue, or {advice}"
-            raise UserError(f"cannot download {url}: {one_line(error)}; {advice}") from None
-        if (found := hash_file(partial, algorithm)) != checksum:
-            result = "if the connection was cut, run the same command again to continue"
-            if is_whole:
-                result = "the download was removed"
-                partial.unlink()
-            raise UserError(f"{url} has {algorithm} {found}, not {checksum}: {result}; {advice}")
-        partial.replace(archive)
+    if archive.exists():
+        if hash_file(archive, algorithm) != checksum:
+            advice = f"remove it to download it again, or use it with --source {archive}"
+            raise UserError(f"{archive} exists, but its {algorithm} is not {checksum}: {advice}")
+        log(f"using {archive}, which was downloaded before")
         return archive
+    try:
+        with name_errors(partial):
+            is_whole = fetch(url, partial)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if partial.exists() and not partial.stat().st_size:
+            partial.unlink()
+        elif partial.exists():
+            advice = f"run the same command again to continue, or {advice}"
+        raise UserError(f"cannot download {url}: {one_line(error)}; {advice}") from None
+    if (found := hash_file(partial, algorithm)) != checksum:
+        result = "if the connection was cut, run the same command again to continue"
+        if is_whole:
+            result = "the download was removed"
+            partial.unlink()
+        raise UserError(f"{url} has {algorithm} {found}, not {checksum}: {result}; {advice}")
+    partial.replace(archive)
+    return archive
 
 
 def fetch(url: str, path: Path) -> bool:
@@ -381,7 +383,7 @@ def fetch(url: str, path: Path) -> bool:
         raise
     with response, open(path, "ab" if response.status == 206 else "wb") as file:  # 206: only the rest
         declared = response.headers.get("Content-Length")
-        most = int(declared) if declared else MAX_UNDECLARED
+        most = int(declared) if declared else MAX_UNDECLARED - file.tell()
         received, before, since = 0, 0, time.monotonic()
         with Progress(f"download {path.stem}", int(declared or 0) >> 10, "KiB", every=10) as progress:
             while block := response.read1(1 << 18):  # what has arrived
@@ -560,7 +562,7 @@ def draw_texture(rng: random.Random, dark: tuple, light: tuple, columns: int, ro
 
 
 def find_classes(contents: Contents, source: Path | None, tree: list[Record]) -> list[Record]:
-    """Return a record for each image. Its class is the name of its folder, below those that nearly all images share.
+    """Return a record for each image. Its class is the first folder below those that most images share.
 
     If train/ is at that level and has class folders, the level is that of the split. An image outside the class folders
     and a class folder without images get a reason to be left out. Raises UserError for fewer than two classes, those of
@@ -571,8 +573,10 @@ def find_classes(contents: Contents, source: Path | None, tree: list[Record]) ->
     def below(level: int) -> list[tuple[str, ...]]:  # images in a folder at this level of their paths
         return [parts for parts in all_parts if len(parts) > level + 1]
 
-    level = 0
-    while len({parts[level] for parts in below(level)}) == 1 and 2 * len(below(level + 1)) > len(all_parts):
+    level, known = 0, {row.class_name for row in tree}
+    while len(names := {parts[level] for parts in below(level)}) == 1 and 2 * len(below(level + 1)) > len(all_parts):
+        if names & known:
+            break
         level += 1
     is_split = any(len(parts) > level + 2 and parts[level] == "train" for parts in all_parts)
     level += is_split
@@ -804,6 +808,8 @@ def choose_records(args: argparse.Namespace, checked: list[Record], tree: list[R
         gone = sum(row.sha256 not in found for row in tree)
         known = {row.sha256 for row in tree}
         records = [record for record in records if record.sha256 not in known]
+        if new := sorted({record.class_name for record in records} - {row.class_name for row in tree}):
+            log(f"warning: classes that the tree does not have yet: {some(new)}")
         message = f"{len(tree)} images are in the tree, {len(records)} images of the source are new"
         log(message + (f"; {gone} are no longer in the source, and are kept" if gone else ""))
         records = tree + records
@@ -1074,7 +1080,12 @@ def build_tree(records: list[Record], rejected: list[Record], request: dict, lin
     write_csv(staging / "splits.csv", header, sorted((row[: len(header)] for row in cells), key=operator.itemgetter(0)))
     if rejected:
         write_csv(staging / "rejected.csv", ["path", "reason"], [(record.path, record.reason) for record in rejected])
-    with atomic_write(staging / REQUEST_FILE) as file:
+    write_request(staging, request)
+
+
+def write_request(tree: Path, request: dict) -> None:
+    """Write the request from which a tree was made, or to which it was updated."""
+    with atomic_write(tree / REQUEST_FILE) as file:
         file.write(to_json_text(request))
 
 

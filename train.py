@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         files = RunFiles(args.out, run_settings(vars(args), dataset, cache.key), unfinished, not args.only_if_better)
         if unfinished:
             check_resumable(unfinished, files.settings, args.out)
-        if args.restart and RANK == 0:  # not before all input has been read
+        if not unfinished and RANK == 0:  # that of a finished or discarded run, but not before all input has been read
             (args.out / "last.pt").unlink(missing_ok=True)
         # Before training, so that a model that cannot be used is reported now.
         old = measure_incumbent(incumbent, device, dataset, args) if incumbent else None
@@ -1541,7 +1541,7 @@ def finetune(
     trained = learner.updated_model()
     fold_standardization(learner.network.head, trained.head)
     del learner, before  # to free memory
-    log("the features of some images, for the probabilities and --reject-unfamiliar of predict.py:")
+    log("computing features of some images, to calibrate probabilities and to recognize unfamiliar images")
     requests = {"train": FeatureRequest(sample_evenly(dataset.splits["train"]), VIEWS["none"])}
     if "val" in dataset.splits:
         requests["val"] = FeatureRequest(sample_evenly(dataset.splits["val"]), augmentation.views)

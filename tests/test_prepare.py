@@ -510,7 +510,7 @@ def test_splits_csv_as_labels(prepare, source, tmp_path):
 
 
 def test_labels_with_some_splits(prepare, source, tmp_path):
-    """Some lines have a split; the images are also sampled. From another folder, it is the same source."""
+    """Some lines have a split; the images are also sampled."""
     lines = [
         f"{path},{name},{'test' * (i % 5 == 0)}"
         for i, (path, name) in enumerate(flat_source(source, tmp_path / "flat").items())
@@ -518,8 +518,6 @@ def test_labels_with_some_splits(prepare, source, tmp_path):
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     args = ["--labels", tmp_path / "labels.csv", "--out", tmp_path / "out", "--per-class", 6]
     assert prepare("--source", tmp_path / "flat", *args).json["images"] == 3 * (4 + 6)
-    relative = os.path.relpath(tmp_path / "flat")
-    assert prepare("--source", relative, *args).json["changed"] is False
 
 
 def test_labels_and_images_that_do_not_fit(prepare, source, tmp_path):
@@ -889,8 +887,16 @@ def test_update_with_images_of_one_class(prepare, source, tmp_path):
     assert (
         not result.json["changed"] and "red/broken.png" in result.err and "left out 1 file, listed above" in result.err
     )
-    tile((1, 2, 3), "new").save(new / "more.png")
-    assert prepare(*args).json["images"] == 61 and list(rejected(out)) == ["red/broken.png"]
+    assert "nothing to do" in prepare(*args).err
+    (new / "2024").mkdir()
+    for number in range(3):
+        tile((1, 2, 3), number).save(new / "2024" / f"{number}.png")  # the class is still red
+    result = prepare(*args)
+    assert (result.json["images"], result.json["classes"]) == (63, 3) and list(rejected(out)) == ["red/broken.png"]
+    (tmp_path / "more" / "pink").mkdir(parents=True)
+    tile((9, 2, 3), "new").save(tmp_path / "more" / "pink" / "0.png")
+    log = prepare("--source", tmp_path / "more", *args[2:], "--val", 0, "--test", 0, "--dry-run").err
+    assert "classes that the tree does not have yet: pink" in log
 
 
 def test_update_of_a_tree_that_has_changed(prepare, source, tmp_path):

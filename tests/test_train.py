@@ -689,7 +689,7 @@ def test_tune_chooses_the_best_configuration_on_val(run, similar_tree, tmp_path)
     alone = run("train", *args, "--out", tmp_path / "alone").json
     result = run("train", *args, "--out", tmp_path / "tuned", "--tune", 12)
     tuned, log = result.json, result.err
-    assert "val has only 90 images: a measured 100% can be 96% in truth" in log
+    assert "val has only 90 images: even 100% correct may mean a true 96%" in log
     assert "val has too few images (90) to tell the best from the others: its accuracy is" in log
     assert "edge of the range" not in log
     rows = read_csv(tmp_path / "tuned" / "tune.csv")
