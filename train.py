@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return None
     deadline = start + 60 * (args.max_minutes or math.inf)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(resume_hint(args.out, args.restart))
+        stack.enter_context(resume_hint(args.restart))
         device = stack.enter_context(process_group(args.device))
         dtype = pick_precision(args.precision, device)
         if args.finetune != "head" and dtype == torch.float16:  # it would need its gradients scaled
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         files = RunFiles(args.out, run_settings(vars(args), dataset, cache.key), unfinished, not args.only_if_better)
         if unfinished:
             check_resumable(unfinished, files.settings, args.out)
-        if not unfinished and RANK == 0:  # that of a finished or discarded run, but not before all input has been read
+        if args.restart and RANK == 0:  # not before all input has been read
             (args.out / "last.pt").unlink(missing_ok=True)
         # Before training, so that a model that cannot be used is reported now.
         old = measure_incumbent(incumbent, device, dataset, args) if incumbent else None
@@ -251,14 +251,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 @contextlib.contextmanager
-def resume_hint(folder: Path, restart: bool) -> Iterator[None]:
-    """Explain how to continue if the block is interrupted, and an epoch is complete."""
+def resume_hint(restart: bool) -> Iterator[None]:
+    """Explain how to continue if the block is interrupted."""
     try:
         yield
     except KeyboardInterrupt:
-        if (folder / "last.pt").exists():
-            option = "--resume in place of --restart" if restart else "--resume"
-            log(f"stopped; the same command with {option} continues after the last complete epoch")
+        option = "--resume in place of --restart" if restart else "--resume"
+        log(f"stopped; the same command with {option} continues after the last complete epoch, if there is one")
         raise
 
 
