@@ -1461,10 +1461,10 @@ def write_suspects(
 ) -> None:
     """Write audit.csv, and draw the most suspicious images in audit.png."""
     header = "path split class suggested probability_of_class probability_of_suggested suspicious"
-    rows, pictures = [], []
+    rows, pictures, index = [], [], {name: number for number, name in enumerate(classes)}
     for number in suspects:
         image, suggested = images[number], classes[probabilities[number].argmax()]
-        own, other = (round(probabilities[number, classes.index(name)].item(), 6) for name in (image.label, suggested))
+        own, other = (round(probabilities[number, index[name]].item(), 6) for name in (image.label, suggested))
         labels = image.label, suggested, own, other, int(suspicious[number])
         rows.append((image.path_in_tree, image.split, *labels))
         if suspicious[number]:
@@ -1838,10 +1838,18 @@ def augment_batch(
     transforms; CutMix and MixUp are drawn once for the whole batch. As batches are shuffled, the parts differ in each
     epoch. To add a transform, put it into one of the two lists below, and name it in AUGMENT_HELP.
     """
-    drawn, original = torch.randint(len(augmentation.views), (len(pixels),)), pixels
-    for number, view in enumerate(augmentation.views[1:], 1):  # the first is the image as it is
-        mask = to_device(drawn == number, pixels.device)[:, None, None, None]
-        pixels = torch.where(mask, apply_view(original, view), pixels)
+    views = torch.tensor(augmentation.views)
+    turns, mirrored = views[torch.randint(len(views), (len(pixels),))].unbind(1)
+    # Mirror first; then a quarter turn if their number is odd, then a half turn: three selections serve all views.
+    selections: list[tuple[View, Callable]] = [
+        ((0, True), lambda turns, mirrored: mirrored > 0),
+        ((1, False), lambda turns, mirrored: turns % 2 > 0),
+        ((2, False), lambda turns, mirrored: turns > 1),
+    ]
+    for view, is_selected in selections:
+        if any(is_selected(*own) for own in augmentation.views):
+            mask = to_device(is_selected(turns, mirrored), pixels.device)[:, None, None, None]
+            pixels = torch.where(mask, apply_view(pixels, view), pixels)
     if not augmentation.strong:
         return normalize(pixels), targets
     side = pixels.shape[-1]
