@@ -156,10 +156,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     classifier = Classifier(model, checkpoint.classes, views, temperature, familiarity, args.workers)
     if args.scene:
         args.out.mkdir(parents=True, exist_ok=True)
-        write_map(args.out, args.scene, scene, map_scene(scene, classifier, tile, stride, rejection))
+        scene_map = map_scene(scene, classifier, tile, stride, rejection)
+        print_json(*write_map(args.out, args.scene, scene, scene_map))
         return 0
     if args.export:
-        export(args.export, checkpoint, classifier, paths)
+        print_json(*export(args.export, checkpoint, classifier, paths))
         return 0
     outputs: list[Any] = [PredictionPages(args.plot, classifier, rejection, args.explain)] if args.plot else []
     outputs += [FeatureFile(args.features, checkpoint)] if args.features else []
@@ -471,8 +472,8 @@ def draw_bars(axes: Any, best: list[tuple[str, float]], unknown: bool) -> None:
 # ---------------------------------------------------------------- export
 
 
-def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: Iterable[str | None]) -> dict:
-    """Write the model and its preprocessing to FILE.pt2 (torch.export) or FILE.onnx; print and return a report.
+def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: Iterable[str | None]) -> tuple[dict, str]:
+    """Write the model and its preprocessing to FILE.pt2 (torch.export) or FILE.onnx; return a report and a summary.
 
     The classes, the preprocessing and the form of input and output are inside as JSON: the extra file metadata.json of
     a .pt2, the metadata "classifier" of an .onnx. Raises UserError if a package is missing, if the network cannot be
@@ -511,8 +512,7 @@ def export(file: Path, checkpoint: Checkpoint, classifier: Classifier, paths: It
         stream.write(content)
     report = {"export": str(file), "bytes": len(content), "images": len(images), "max_difference": difference}
     reference = f"those of predict.py --precision fp32 on {len(images)} {origin} images"
-    print_json(report, f"wrote {file}; its probabilities differ by at most {difference:.1e} from {reference}")
-    return report
+    return report, f"wrote {file}; its probabilities differ by at most {difference:.1e} from {reference}"
 
 
 def exportable_model(classifier: Classifier, resize_dtype: torch.dtype) -> torch.nn.Module:
@@ -787,8 +787,8 @@ def map_scene(scene: Image.Image, classifier: Classifier, tile: int, stride: int
     return SceneMap(names, classes, probabilities, percent, expected, tile, stride, len(tops) * len(lefts))
 
 
-def write_map(folder: Path, path: Path, scene: Image.Image, scene_map: SceneMap) -> None:
-    """Write map.csv, map.png, map.tif and map.json, and print the content of map.json."""
+def write_map(folder: Path, path: Path, scene: Image.Image, scene_map: SceneMap) -> tuple[dict, str]:
+    """Write map.csv, map.png, map.tif and map.json; return the content of map.json and a summary."""
     names, factor = scene_map.names, math.ceil(max(scene.size) / MAX_MAP_SIDE)
     rows, columns = scene_map.classes.shape
     place = read_georeference(path, scene_map.cell)
@@ -813,7 +813,7 @@ def write_map(folder: Path, path: Path, scene: Image.Image, scene_map: SceneMap)
         file.write(to_json_text(report, indent=2) + "\n")
     shares = sorted(percent.items(), key=lambda item: -item[1])[:5]
     largest = ", ".join(f"{name} {share:.1f} %" for name, share in shares if share)
-    print_json(report, f"wrote {folder}/map.png, map.csv, map.tif, map.json: {largest}")
+    return report, f"wrote {folder}/map.png, map.csv, map.tif, map.json: {largest}"
 
 
 def draw_raster(scene_map: SceneMap) -> Image.Image:
